@@ -1,0 +1,234 @@
+"""Every knob, as frozen dataclasses without defaults: the defaults live in `configs/*.yaml` only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+import dacite
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Build a config from plain values, strictly.
+
+    Raises:
+        ValueError: an unknown, missing or mistyped key, or a value its dataclass refuses, in one line.
+    """
+    try:
+        return dacite.from_dict(cls, dict(values), dacite.Config(strict=True, cast=[tuple, float]))
+    except dacite.UnexpectedDataError as e:
+        raise ValueError(f"{where}: unknown key {', '.join(sorted(e.keys))}; see `configs/` for what exists") from None
+    except (dacite.DaciteError, TypeError, ValueError) as e:
+        raise ValueError(f"{where}: {e}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return plain values; `from_dict` inverts it (tuples come back as tuples)."""
+    return asdict(config)
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Images -> tokens."""
+
+    kind: Literal["conv_qformer", "dinov2_qformer", "dinov2_patches"]
+    image_size: int  # [px], square; the preprocessor resizes to it
+    tokens: int  # Q-Former queries per frame and view
+    qformer_layers: int
+    qformer_film: bool  # the instruction modulates the queries
+    patch_dim: int  # width of patch tokens (conv) or of the ViT
+    vit_layers: int
+    vit_heads: int
+    pretrained: str | None  # local folder or hub id for DINOv2; None: from scratch
+    frozen: bool
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """Instruction -> tokens."""
+
+    kind: Literal["bytes", "transformers"]
+    max_tokens: int
+    layers: int  # of the byte encoder
+    pretrained: str | None  # local folder or hub id of a transformers text encoder, frozen
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The network: sizes and options; `dita_base` is the paper's."""
+
+    name: str
+    dim: int
+    layers: int
+    heads: int
+    ffn_dim: int
+    n_obs_steps: int  # frames per observation
+    chunk_size: int  # predicted actions, from now
+    n_action_steps: int  # executed before replanning
+    past_action_slots: int  # 1 in the published recipe, 0 otherwise
+    action_dim: int  # padded
+    state_dim: int  # padded
+    cameras: int  # camera slots
+    state_tokens: bool
+    embodiment_token: bool
+    action_embedding: Literal["zero_pad", "linear"]
+    action_attention: Literal["causal", "bidirectional"]
+    vision: VisionConfig
+    language: LanguageConfig
+
+    def __post_init__(self) -> None:
+        _require(self.dim % self.heads == 0, f"policy.dim {self.dim} must divide by policy.heads {self.heads}")
+        _require(self.dim // self.heads % 2 == 0, "policy.dim / policy.heads must be even (rotary positions)")
+        _require(self.action_dim <= self.dim, "policy.action_dim must not exceed policy.dim")
+        _require(
+            1 <= self.n_action_steps <= self.chunk_size,
+            f"policy.n_action_steps {self.n_action_steps} must be in 1..chunk_size ({self.chunk_size})",
+        )
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The objective; t = 0 is clean."""
+
+    objective: Literal["diffusion", "behaviour_cloning"]
+    num_train_timesteps: int
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"]
+    prediction_type: Literal["epsilon", "sample", "v_prediction"]
+    timestep_spacing: Literal["leading", "trailing"]
+    zero_terminal_snr: bool
+    clip_sample: float | None
+    num_inference_steps: int
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.zero_terminal_snr and self.prediction_type == "epsilon"),
+            "diffusion.zero_terminal_snr needs prediction_type sample or v_prediction: epsilon divides by zero at t = T",
+        )
+        _require(
+            1 <= self.num_inference_steps <= self.num_train_timesteps,
+            "diffusion.num_inference_steps must be in 1..num_train_timesteps",
+        )
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """The one invertible preprocessor, saved in the checkpoint."""
+
+    normalization: Literal["q01_q99", "min_max", "mean_std"]
+    resize: Literal["squash", "letterbox"]
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """One store of a mixture."""
+
+    path: str
+    weight: float  # share of the samples, relative to the other stores
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on and how windows are cut."""
+
+    stores: tuple[StoreConfig, ...]
+    pad_end: Literal["mask", "hold"]
+    cache: Literal["mmap", "ram"]
+    workers: int
+    shots: int | None  # first k episodes of a seeded permutation; None: all
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Image augmentation on the device; 0 turns a part off."""
+
+    shift: int  # [px], random shift with edge repeat
+    brightness: float
+    contrast: float
+    saturation: float
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, warm-up, decay, EMA."""
+
+    lr: float
+    vision_lr_scale: float  # 0.1 for a pretrained backbone
+    weight_decay: float
+    betas: tuple[float, float]
+    warmup_steps: int
+    schedule: Literal["constant", "cosine"]
+    clip_norm: float
+    ema_decay: float
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`dita train`."""
+
+    run: str  # run folder
+    seed: int
+    steps: int
+    batch_size: int
+    noise_samples_per_context: int
+    device: str  # auto, cpu, cuda
+    precision: Literal["fp32", "bf16"]
+    threads: int  # 0: all cores
+    log_every: int
+    save_every: int
+    keep_last: int
+    policy: PolicyConfig
+    diffusion: DiffusionConfig
+    preprocess: PreprocessConfig
+    data: DataConfig
+    augment: AugmentConfig
+    optim: OptimConfig
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """A simulated suite and how it is rendered."""
+
+    suite: str  # key of dita.envs.SUITES
+    embodiment: str
+    tasks: tuple[str, ...]
+    max_steps: int
+    image_size: int  # [px] rendered
+    fast_render: bool  # no shadows, multisampling or reflections: 4-9 times faster on a CPU
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """`dita collect`."""
+
+    out: str
+    env: EnvConfig
+    episodes: int  # successful demonstrations per task
+    seed: int  # of the first start; evaluation starts come from another range
+    action_noise: float  # std of the noise on the executed action, in units of the action's half range
+    workers: int
+    codec: Literal["raw", "jpeg"]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """`dita eval`."""
+
+    out: str
+    env: EnvConfig
+    episodes: int  # unseen starts per task
+    seed: int  # of the first start
+    n_envs: int  # processes; results do not depend on it
+    batch_size: int  # the policy's fixed padded batch
+    n_action_steps: int | None  # None: the checkpoint's
+    num_inference_steps: int | None  # None: the checkpoint's
+    videos: int  # episodes per task written as mp4
+    device: str
+    threads: int

@@ -1,0 +1,180 @@
+"""The NumPy side of the house: frozen dataclasses that Zarr, MuJoCo and ROS all produce and consume.
+
+No logic, no torch. Units are SI; quaternions are wxyz with w >= 0; grippers have 1 = open.
+Shape legend: h w image size, s state dims, a action dims, n chunk length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, UInt8
+
+FieldKind = Literal[
+    "ee_position",
+    "ee_rotation_6d",
+    "ee_rotation_axis_angle",
+    "joint_position",
+    "joint_velocity",
+    "gripper_position",
+    "gripper_binary",
+    "gripper_effort",
+    "base_velocity",
+]
+Frame = Literal["base", "tool", "joint", "none"]
+Mode = Literal["absolute", "delta"]
+Reference = Literal["commanded", "measured", "chunk_start"]
+
+
+@dataclass(frozen=True, eq=False)
+class RawObservation:
+    """One instant in physical units: what a dataset, a simulator and a robot all give."""
+
+    images: Mapping[str, UInt8[np.ndarray, "h w 3"]]  # RGB, right side up, by camera name
+    state: Float32[np.ndarray, "s"]  # the embodiment's state fields, concatenated, SI
+    instruction: str
+    stamp: float  # [s], the clock of the source
+
+
+@dataclass(frozen=True, eq=False)
+class ActionChunk:
+    """Consecutive actions in physical units; a delta stays a delta, whoever executes it composes it."""
+
+    values: Float32[np.ndarray, "n a"]  # the embodiment's action fields, concatenated, SI
+    stamp: float  # [s] of values[0], which is the action for the observation's own step
+    action_dt: float  # [s] between rows
+    embodiment: str
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Observation frames ending now and, in training, the actions from now: what the preprocessor turns into a batch.
+
+    t observation frames, oldest first; n actions.
+    """
+
+    images: Mapping[str, UInt8[np.ndarray, "t h w 3"]]
+    frame_valid: Bool[np.ndarray, "t"]  # False: before the episode's start, the first frame repeated
+    state: Float32[np.ndarray, "t s"]
+    instruction: str
+    embodiment: str
+    stamp: float  # [s] of the last frame
+    actions: Float32[np.ndarray, "n a"] | None = None  # physical units
+    step_valid: Bool[np.ndarray, "n"] | None = None  # False: past the episode's end
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """A whole episode in memory, physical units: what collectors, converters and recorders hand to a store."""
+
+    images: Mapping[str, UInt8[np.ndarray, "m h w 3"]]
+    state: Float32[np.ndarray, "m s"]
+    action: Float32[np.ndarray, "m a"]  # action[i] is the one taken at frame i
+    stamp: Float64[np.ndarray, "m"]  # [s], increasing
+    instruction: str
+    success: bool | None
+    source: str  # the source's own id, unique in a store
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One named part of a state or an action."""
+
+    name: str
+    kind: FieldKind
+    size: int
+    unit: str  # "m", "rad", "m/s", "rad/s", or "1" for a ratio
+    frame: Frame
+    mode: Mode
+    reference: Reference | None  # what a delta adds to; None for an absolute field
+    scale: float  # SI value = scale * the source's own value; only environments, drivers and converters use it
+    slot: int  # first index in the policy's padded vector
+    low: tuple[float, ...]  # limits in SI, one per dim; of one step for a delta
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CameraSpec:
+    """One named camera, as the source delivers it."""
+
+    name: str
+    height: int
+    width: int
+    slot: int  # index of this view in the policy's camera axis
+
+
+@dataclass(frozen=True)
+class MotionLimits:
+    """What the guard lets out, for Cartesian commands; tool speed in m/s, m/s^2, m/s^3, workspace in m."""
+
+    max_speed: float
+    max_acceleration: float
+    max_jerk: float
+    workspace_low: tuple[float, float, float]
+    workspace_high: tuple[float, float, float]
+    max_lag: float  # leash |commanded - measured| [m]
+
+
+@dataclass(frozen=True)
+class EmbodimentSpec:
+    """A robot as the policy sees it: named fields, cameras and rates."""
+
+    name: str
+    robot: str  # for people
+    state: tuple[FieldSpec, ...]
+    action: tuple[FieldSpec, ...]
+    cameras: tuple[CameraSpec, ...]
+    obs_dt: float  # [s] between observation frames of a window
+    action_dt: float  # [s] between rows of a chunk
+    control_hz: float  # the source's own rate
+    limits: MotionLimits | None  # the guard's; not part of the contract hash
+
+    @property
+    def state_dim(self) -> int:
+        """Number of real state dims s."""
+        return sum(f.size for f in self.state)
+
+    @property
+    def action_dim(self) -> int:
+        """Number of real action dims a."""
+        return sum(f.size for f in self.action)
+
+
+@dataclass(frozen=True)
+class FieldStats:
+    """Statistics of one field, one value per dim, in SI."""
+
+    count: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """Statistics of one embodiment; keys are `state/<field>` and `action/<field>`."""
+
+    embodiment: str
+    fields: Mapping[str, FieldStats]
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """Where one episode lies and what it is; frames start..stop of the segment's arrays."""
+
+    store: str
+    segment: str
+    start: int
+    stop: int
+    dt: float  # [s] between frames
+    instruction: str
+    success: bool | None
+    source: str  # the source's own id, e.g. "metaworld/button-press-topdown-v3/seed=17"
+    embodiment: str
+    content_hash: str
