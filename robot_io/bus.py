@@ -1,0 +1,157 @@
+"""The port between plain Python and a ROS 2 graph: what every node is written against.
+
+Two implementations: `bus_dds` (CycloneDDS wheels, no ROS installed) and `bus_rclpy` (a real lifecycle node).
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, List, Literal, Optional, Protocol
+
+
+@dataclass(frozen=True)
+class Qos:
+    """What a writer offers or a reader requests; an offer must be at least what is requested or nothing matches."""
+
+    reliable: bool
+    latched: bool  # the last `depth` messages reach late joiners
+    depth: int
+    lease_s: Optional[float]  # a writer's process that is silent for longer counts as gone; None: the middleware's own
+
+    def __str__(self) -> str:
+        lease = "" if self.lease_s is None else f", lease {self.lease_s} s"
+        reliable = "reliable" if self.reliable else "best effort"
+        return f"{reliable}, {'latched' if self.latched else 'volatile'}, keep last {self.depth}{lease}"
+
+
+SENSOR = Qos(reliable=False, latched=False, depth=5, lease_s=None)
+STATE = Qos(reliable=True, latched=False, depth=10, lease_s=None)
+COMMAND = Qos(reliable=True, latched=False, depth=10, lease_s=0.1)
+LATCHED = Qos(reliable=True, latched=True, depth=1, lease_s=None)
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One writer on a topic, as discovery shows it."""
+
+    node: str  # the node's name, or its participant's key where it gives none
+    type: str
+    qos: Qos
+
+
+class Publisher(Protocol):
+    """Where a node puts the messages of one topic."""
+
+    def publish(self, message: Any) -> None:
+        """Send one message; safe from any thread."""
+        ...
+
+
+class Bus(Protocol):
+    """One node in a graph. Callbacks and timers run one at a time, in the thread that spins."""
+
+    name: str
+
+    def msg(self, type: str, **fields: Any) -> Any:
+        """Build a message ("std_msgs/msg/String"); fields left out are zero. Raises ValueError for unknown names."""
+        ...
+
+    def publisher(self, topic: str, type: str, qos: Qos) -> Publisher:
+        """Offer `topic`."""
+        ...
+
+    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
+        """Call `callback(message)` for every message on `topic`."""
+        ...
+
+    def timer(self, period_s: float, callback: Callable[[], None]) -> None:
+        """Call `callback` every `period_s` of the bus's clock; calls that are missed are not made up for."""
+        ...
+
+    def now(self) -> float:
+        """Return the clock of all stamps [s]: the system's wall clock, slowed by the bus's rate."""
+        ...
+
+    def steady(self) -> float:
+        """Return a clock that never jumps [s], at the same rate as `now`."""
+        ...
+
+    def param(self, name: str, default: Any) -> Any:
+        """Return a parameter, or its default."""
+        ...
+
+    def log(self, level: Literal["info", "warning", "error"], text: str) -> None:
+        """Write one line for people."""
+        ...
+
+    def spin(self, timeout_s: Optional[float] = None) -> None:
+        """Run callbacks until `shutdown`, or for `timeout_s` of real time."""
+        ...
+
+    def shutdown(self) -> None:
+        """Leave the graph and let `spin` return; callable more than once and from a callback."""
+        ...
+
+    def writers(self, topic: str) -> List[Writer]:
+        """List everybody who offers `topic`, oneself included."""
+        ...
+
+    def wait_for_writer(self, topic: str, type: str, qos: Qos, timeout_s: float) -> None:
+        """Spin until somebody offers `topic` as requested.
+
+        Raises:
+            TimeoutError: nobody does; says which topic, type and QoS, after how long, and what is there instead.
+        """
+        ...
+
+    def on_qos_mismatch(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(text)` when an endpoint of this node and another one do not match; text says who offers what.
+
+        Without it a mismatch is logged as an error.
+        """
+        ...
+
+    def on_liveliness(self, topic: str, callback: Callable[[int], None]) -> None:
+        """Call `callback(alive)` when the number of live writers on a subscribed topic changes."""
+        ...
+
+
+class Clock:
+    """Wall and steady time at `rate` times real time; slow motion for machines that cannot keep up.
+
+    Every process of a graph must use the same rate and origin, or stamps do not agree.
+    """
+
+    def __init__(self, rate: float = 1.0, origin: float = 0.0) -> None:
+        if not 0 < rate <= 1:
+            raise ValueError(f"the clock's rate must be in (0, 1], got {rate}")
+        self.rate, self.origin = rate, origin
+
+    def now(self) -> float:
+        """Return wall time [s], slowed around the origin."""
+        return self.origin + self.rate * (time.time() - self.origin)
+
+    def steady(self) -> float:
+        """Return monotonic time [s] at the same rate."""
+        return self.rate * time.monotonic()
+
+
+def open_bus(kind: str, name: str, domain_id: int, rate: float = 1.0, origin: float = 0.0) -> Bus:
+    """Join a graph as node `name`.
+
+    Args:
+        kind: "dds" (CycloneDDS wheels) or "rclpy" (a sourced ROS 2).
+        domain_id: as ROS_DOMAIN_ID.
+        rate: of the clock, see `Clock`; rclpy has only 1.
+        origin: wall time at which the slowed clock equals the wall clock [s].
+    """
+    if kind == "dds":
+        from robot_io.bus_dds import DdsBus
+
+        return DdsBus(name, domain_id, Clock(rate, origin))
+    if kind == "rclpy":
+        from robot_io.bus_rclpy import RclpyBus
+
+        if rate != 1.0:
+            raise ValueError("the rclpy bus runs in real time only; leave the real-time factor at 1")
+        return RclpyBus(name, domain_id)
+    raise ValueError(f"no bus {kind!r}; there are dds and rclpy")

@@ -1,0 +1,385 @@
+"""Join a ROS 2 graph with two wheels, cyclonedds and rosbags, and no ROS installed.
+
+Wire rules (ROS 2 design, "Topic and Service name mapping"; rmw_cyclonedds): topic `rt/<name>`, type
+`pkg::msg::dds_::Type_`, plain CDR (XCDR1), final structs, the type's RIHS01 hash in USER_DATA.
+"""
+
+import sys
+import threading
+import time
+from functools import lru_cache
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
+
+import numpy as np
+from cyclonedds.builtin import (
+    BuiltinDataReader,
+    BuiltinTopicDcpsParticipant,
+    BuiltinTopicDcpsPublication,
+    BuiltinTopicDcpsSubscription,
+)
+from cyclonedds.core import GuardCondition, InstanceState, ReadCondition, SampleState, ViewState, WaitSet
+from cyclonedds.core import Qos as DdsQos
+from cyclonedds.domain import Domain, DomainParticipant
+from cyclonedds.idl import IdlStruct, make_idl_struct, types
+from cyclonedds.internal import InvalidSample
+from cyclonedds.pub import DataWriter
+from cyclonedds.qos import Policy
+from cyclonedds.sub import DataReader
+from cyclonedds.topic import Topic
+from cyclonedds.util import duration
+from rosbags.interfaces import Nodetype
+from rosbags.typesys import Stores, get_typestore
+
+from robot_io.bus import STATE, Clock, Qos, Writer
+
+TYPES = get_typestore(Stores.ROS2_JAZZY)
+
+# Loopback has no multicast: discovery by unicast to a known peer. Mixing both kinds finds nobody.
+# Fragments just below a loopback datagram and a large receive buffer: a VGA image is 15 fragments, none lost.
+LOOPBACK_XML = """<CycloneDDS><Domain Id="any">
+<General><Interfaces><NetworkInterface name="lo"/></Interfaces><AllowMulticast>false</AllowMulticast>
+<MaxMessageSize>65500B</MaxMessageSize><FragmentSize>63000B</FragmentSize></General>
+<Discovery><ParticipantIndex>auto</ParticipantIndex><MaxAutoParticipantIndex>31</MaxAutoParticipantIndex>
+<Peers><Peer address="127.0.0.1"/></Peers><SPDPInterval>1s</SPDPInterval></Discovery>
+<Internal><SocketReceiveBufferSize max="4MB"/></Internal>
+<Tracing><Verbosity>severe</Verbosity></Tracing>
+</Domain></CycloneDDS>"""
+
+BASE = {
+    "bool": bool,
+    "byte": types.byte,
+    "char": types.uint8,  # ROS 2's char is an unsigned byte
+    "string": str,
+    **{name: getattr(types, name) for name in ("int8", "int16", "int32", "int64", "float32", "float64")},
+    **{name: getattr(types, name) for name in ("uint8", "uint16", "uint32", "uint64")},
+}
+DTYPES = {name: np.dtype(name) for name in BASE if name not in ("bool", "byte", "char", "string")}
+DTYPES.update(bool=np.dtype(bool), byte=np.dtype(np.uint8), char=np.dtype(np.uint8))
+
+POLICIES = {2: "durability", 11: "reliability", 8: "liveliness lease", 23: "data representation"}
+POLL_S = 0.05  # how often mismatches and live writers are looked at [s]
+_domains: Dict[int, Domain] = {}
+
+
+@lru_cache(maxsize=None)
+def _struct(type: str) -> Type[IdlStruct]:
+    """Build the IDL struct of a message: it gives a topic its name and type information.
+
+    Its serialiser is rosbags', 300 times faster for an image than a plain `sequence[uint8]`; arrays are NumPy views
+    on the received bytes.
+    """
+    package, _, name = type.split("/")
+    fields = {field: _annotation(desc) for field, desc in _fields(type)}
+    struct: Any = make_idl_struct(f"{name}_", f"{package}.msg.dds_.{name}_", fields, dataclassify=False)
+    struct.__init__ = lambda self, message: setattr(self, "message", message)
+    struct.serialize = lambda self, **_: bytes(TYPES.serialize_cdr(self.message, type))
+    struct.deserialize = staticmethod(lambda data, **_: TYPES.deserialize_cdr(data, type))
+    return struct
+
+
+def _fields(type: str) -> List[Tuple[str, Any]]:
+    if type not in TYPES.fielddefs:
+        raise ValueError(f"no message type {type!r} in ROS 2 Jazzy's common interfaces")
+    # an empty IDL struct is illegal: ROS 2 puts this byte in
+    return TYPES.fielddefs[type][1] or [("structure_needs_at_least_one_member", (Nodetype.BASE, ("uint8", 0)))]
+
+
+def _annotation(desc: Any) -> Any:
+    kind, what = desc
+    if kind == Nodetype.BASE:
+        return BASE[what[0]]
+    if kind == Nodetype.NAME:
+        return _struct(what)
+    element, length = what
+    if kind == Nodetype.ARRAY:
+        return types.array[_annotation(element), length]
+    return types.sequence[_annotation(element), length] if length else types.sequence[_annotation(element)]
+
+
+@lru_cache(maxsize=None)
+def _defaults(type: str) -> Dict[str, Callable[[], Any]]:
+    return {name: _default(desc) for name, desc in _fields(type)}
+
+
+def _default(desc: Any) -> Callable[[], Any]:
+    kind, what = desc
+    if kind == Nodetype.BASE:
+        return str if what[0] == "string" else (lambda: DTYPES[what[0]].type(0).item())
+    if kind == Nodetype.NAME:
+        return lambda: message(what)
+    (element_kind, element), length = what
+    if element_kind == Nodetype.BASE and element[0] in DTYPES:
+        return lambda: np.zeros(length if kind == Nodetype.ARRAY else 0, DTYPES[element[0]])
+    return list
+
+
+def message(type: str, **fields: Any) -> Any:
+    """Build a rosbags message; fields left out are zero, sequences of numbers become arrays.
+
+    Raises:
+        ValueError: an unknown type or field.
+    """
+    defaults = _defaults(type)
+    unknown = sorted(set(fields) - set(defaults))
+    if unknown:
+        raise ValueError(f"{type} has no field {', '.join(unknown)}; it has {', '.join(defaults)}")
+    values = {}
+    for name, desc in _fields(type):
+        value = fields[name] if name in fields else defaults[name]()
+        if desc[0] in (Nodetype.SEQUENCE, Nodetype.ARRAY) and desc[1][0][0] == Nodetype.BASE:
+            dtype = DTYPES.get(desc[1][0][1][0])
+            value = list(value) if dtype is None else np.ascontiguousarray(value, dtype)
+        values[name] = value
+    return TYPES.types[type](**values)
+
+
+def _dds_qos(qos: Qos, type: str) -> DdsQos:
+    policies = [
+        Policy.Reliability.Reliable(duration(milliseconds=100)) if qos.reliable else Policy.Reliability.BestEffort,
+        Policy.Durability.TransientLocal if qos.latched else Policy.Durability.Volatile,
+        Policy.History.KeepLast(qos.depth),
+        Policy.DataRepresentation(use_cdrv0_representation=True, use_xcdrv2_representation=False),
+        Policy.Userdata(f"typehash={TYPES.hash_rihs01(type)};".encode()),
+    ]
+    if qos.lease_s is not None:
+        policies.append(Policy.Liveliness.Automatic(int(qos.lease_s * 1e9)))
+    return DdsQos(*policies)
+
+
+def _from_dds_qos(dds: DdsQos) -> Qos:
+    policies = {policy.__scope__: policy for policy in dds}
+    lease = getattr(policies.get("Liveliness"), "lease_duration", None)
+    return Qos(
+        reliable=isinstance(policies.get("Reliability"), Policy.Reliability.Reliable),
+        latched=policies.get("Durability") == Policy.Durability.TransientLocal,
+        depth=getattr(policies.get("History"), "depth", 1),
+        lease_s=None if lease is None or lease >= 2**62 else lease / 1e9,
+    )
+
+
+class DdsPublisher:
+    """Writes rosbags messages to one topic."""
+
+    def __init__(self, writer: DataWriter, topic: str, type: str, qos: Qos) -> None:
+        self.writer, self.topic, self.type, self.qos = writer, topic, type, qos
+        self.sample = _struct(type)
+
+    def publish(self, message: Any) -> None:
+        """Send one message."""
+        self.writer.write(self.sample(message))
+
+
+class _Subscription:
+    def __init__(self, reader: DataReader, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
+        self.reader, self.topic, self.type, self.qos, self.callback = reader, topic, type, qos, callback
+        self.condition = ReadCondition(reader, ViewState.Any | SampleState.NotRead | InstanceState.Any)
+        self.alive = 0
+        self.on_liveliness: Optional[Callable[[int], None]] = None
+
+    def dispatch(self) -> None:
+        for sample in self.reader.take(N=self.qos.depth):
+            if not isinstance(sample, InvalidSample):  # a writer that left
+                self.callback(sample)
+
+
+class _Timer:
+    def __init__(self, period: float, callback: Callable[[], None], start: float) -> None:
+        self.period, self.callback, self.next = period, callback, start + period
+
+    def dispatch(self, now: float) -> None:
+        if now < self.next:
+            return
+        self.next += self.period * (1 + (now - self.next) // self.period)  # on the same grid, what is missed is gone
+        self.callback()
+
+
+class DdsBus:
+    """A node on CycloneDDS, on loopback only. Implements `robot_io.bus.Bus`."""
+
+    def __init__(self, name: str, domain_id: int, clock: Optional[Clock] = None) -> None:
+        if domain_id not in _domains:
+            _domains[domain_id] = Domain(domain_id, LOOPBACK_XML)
+        self.name, self.domain_id, self.clock = name, domain_id, clock or Clock()
+        self.now, self.steady = self.clock.now, self.clock.steady
+        self._participant = DomainParticipant(domain_id, qos=DdsQos(Policy.EntityName(name)))
+        self._participants = BuiltinDataReader(self._participant, BuiltinTopicDcpsParticipant)
+        self._writers = BuiltinDataReader(self._participant, BuiltinTopicDcpsPublication)
+        self._readers = BuiltinDataReader(self._participant, BuiltinTopicDcpsSubscription)
+        self._waitset = WaitSet(self._participant)
+        self._wake = GuardCondition(self._participant)  # ends a wait in `spin` from any thread
+        self._waitset.attach(self._wake)
+        self._topics: Dict[Tuple[str, str], Topic] = {}
+        self._publishers: List[DdsPublisher] = []
+        self._subscriptions: List[_Subscription] = []
+        self._timers: List[_Timer] = [_Timer(POLL_S, self._poll, self.steady())]
+        self._mismatch: Callable[[str], None] = lambda text: self.log("error", text)
+        self._running = threading.Event()
+        self._running.set()
+
+    def msg(self, type: str, **fields: Any) -> Any:
+        """Build a message, see `message`."""
+        return message(type, **fields)
+
+    def publisher(self, topic: str, type: str, qos: Qos) -> DdsPublisher:
+        """Offer `topic`."""
+        writer = DataWriter(self._participant, self._topic(topic, type), qos=_dds_qos(qos, type))
+        self._publishers.append(DdsPublisher(writer, topic, type, qos))
+        return self._publishers[-1]
+
+    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
+        """Call `callback(message)` for every message on `topic`."""
+        reader = DataReader(self._participant, self._topic(topic, type), qos=_dds_qos(qos, type))
+        subscription = _Subscription(reader, topic, type, qos, callback)
+        self._waitset.attach(subscription.condition)
+        self._subscriptions.append(subscription)
+
+    def timer(self, period_s: float, callback: Callable[[], None]) -> None:
+        """Call `callback` every `period_s` of the bus's clock."""
+        self._timers.append(_Timer(period_s, callback, self.steady()))
+
+    def param(self, name: str, default: Any) -> Any:
+        """Return the default: without ROS, parameters are the node's own arguments."""
+        return default
+
+    def log(self, level: str, text: str) -> None:
+        """Write one line to stderr."""
+        print(f"[{self.name}] {level}: {text}", file=sys.stderr, flush=True)
+
+    def spin(self, timeout_s: Optional[float] = None) -> None:
+        """Run callbacks until `shutdown`, or for `timeout_s` of real time."""
+        end = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while self._running.is_set() and time.monotonic() < end:
+            wait = min((timer.next - self.steady()) / self.clock.rate for timer in self._timers)
+            wait = min(wait, end - time.monotonic())
+            if wait > 0:
+                self._waitset.wait(int(wait * 1e9))
+            for subscription in self._subscriptions:
+                subscription.dispatch()
+            for timer in self._timers:
+                timer.dispatch(self.steady())
+
+    def shutdown(self) -> None:
+        """Let `spin` return; the graph is left when the process or the last reference goes."""
+        self._running.clear()
+        self._wake.set(True)
+
+    def close(self) -> None:
+        """Leave the graph now; nothing of this bus may be used after."""
+        self.shutdown()
+        # DDS entities are deleted when their last reference goes, children first
+        self._waitset.detach(self._wake)
+        for subscription in self._subscriptions:
+            self._waitset.detach(subscription.condition)
+        for name in ("_subscriptions", "_publishers", "_topics"):
+            getattr(self, name).clear()
+        del self._waitset, self._wake, self._writers, self._readers, self._participants, self._participant
+
+    def writers(self, topic: str) -> List[Writer]:
+        """List everybody who offers `topic`, oneself included."""
+        return self._endpoints(self._writers, topic)
+
+    def wait_for_writer(self, topic: str, type: str, qos: Qos, timeout_s: float) -> None:
+        """Spin until somebody offers `topic` as requested.
+
+        Raises:
+            TimeoutError: nobody does; says which topic, type and QoS, after how long, and what is there instead.
+        """
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end and self._running.is_set():
+            self.spin(min(0.02, timeout_s))
+            if any(w.type == type and _matches(w.qos, qos) for w in self.writers(topic)):
+                return
+        there = "; ".join(f"{w.node} offers {w.type} ({w.qos})" for w in self.writers(topic)) or "nobody offers it"
+        nodes = sorted(set(self._nodes().values()) - {self.name})
+        raise TimeoutError(
+            f"no publisher on {topic} of {type} ({qos}) after {timeout_s:g} s: {there}. Nodes on domain "
+            f"{self.domain_id}: {', '.join(nodes) or 'none'}. Start the peer, or compare ROS_DOMAIN_ID and QoS"
+        )
+
+    def on_qos_mismatch(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(text)` when an endpoint of this node and another one do not match."""
+        self._mismatch = callback
+
+    def on_liveliness(self, topic: str, callback: Callable[[int], None]) -> None:
+        """Call `callback(alive)` when the number of live writers on a subscribed topic changes."""
+        found = [s for s in self._subscriptions if s.topic == topic]
+        if not found:
+            raise ValueError(f"subscribe to {topic} before watching its writers")
+        found[0].on_liveliness = callback
+
+    def _topic(self, name: str, type: str) -> Topic:
+        key = (name, type)
+        if key not in self._topics:
+            if not name.startswith("/"):
+                raise ValueError(f"topic names are absolute here: /{name}, got {name}")
+            self._topics[key] = Topic(self._participant, f"rt{name}", _struct(type))
+        return self._topics[key]
+
+    def _poll(self) -> None:
+        for publisher in self._publishers:
+            status = publisher.writer.get_offered_incompatible_qos_status()
+            if status.total_count_change:
+                others = self._endpoints(self._readers, publisher.topic)
+                self._report(publisher, "offers", others, "requests", status.last_policy_id)
+        for subscription in self._subscriptions:
+            status = subscription.reader.get_requested_incompatible_qos_status()
+            if status.total_count_change:
+                others = self._endpoints(self._writers, subscription.topic)
+                self._report(subscription, "requests", others, "offers", status.last_policy_id)
+            alive = subscription.reader.get_liveliness_changed_status().alive_count
+            if alive != subscription.alive:
+                subscription.alive = alive
+                if subscription.on_liveliness is not None:
+                    subscription.on_liveliness(alive)
+
+    def _report(self, mine: Any, verb: str, others: List[Writer], other_verb: str, policy: int) -> None:
+        theirs = "; ".join(f"{w.node} {other_verb} {w.qos}" for w in others if w.qos != mine.qos)
+        self._mismatch(
+            f"QoS mismatch on {mine.topic} ({POLICIES.get(policy, f'policy {policy}')}): "
+            f"{self.name} {verb} {mine.qos}; {theirs or 'the other end is gone'}. Nothing flows between them"
+        )
+
+    def _nodes(self) -> Dict[Any, str]:
+        alive = ReadCondition(self._participants, ViewState.Any | SampleState.Any | InstanceState.Alive)
+        found = self._participants.read(N=128, condition=alive)
+        return {p.key: next((q.name for q in p.qos if q.__scope__ == "EntityName"), str(p.key)) for p in found}
+
+    def _endpoints(self, reader: BuiltinDataReader, topic: str) -> List[Writer]:
+        alive = ReadCondition(reader, ViewState.Any | SampleState.Any | InstanceState.Alive)
+        found = [e for e in reader.read(N=1024, condition=alive) if e.topic_name == f"rt{topic}"]
+        nodes = self._nodes() if found else {}
+        return [
+            Writer(nodes.get(e.participant_key, str(e.participant_key)), _ros_type(e.type_name), _from_dds_qos(e.qos))
+            for e in found
+        ]
+
+
+def _ros_type(dds: str) -> str:
+    return dds.replace("::dds_::", "/").replace("::", "/").rstrip("_")
+
+
+def _matches(offered: Qos, requested: Qos) -> bool:
+    """Return whether an offer is at least what is requested (DDS 1.4, table 2.2.3)."""
+    forever = float("inf")
+    lease = (offered.lease_s or forever) <= (requested.lease_s or forever)
+    return offered.reliable >= requested.reliable and offered.latched >= requested.latched and lease
+
+
+def loopback_check(timeout_s: float = 5.0, domain_id: int = 99) -> Optional[str]:
+    """Exchange a message between two participants of this process.
+
+    Returns:
+        None when it arrived, otherwise the problem in one line.
+    """
+    try:
+        sender, receiver = DdsBus("check_sender", domain_id), DdsBus("check_receiver", domain_id)
+    except Exception as e:  # whatever the C library refuses: no loopback, no ports left
+        return f"DDS cannot start on loopback: {e}"
+    heard: List[str] = []
+    receiver.subscribe("/dita/check", "std_msgs/msg/String", STATE, lambda m: (heard.append(m.data), receiver.shutdown()))
+    publisher = sender.publisher("/dita/check", "std_msgs/msg/String", STATE)
+    receiver.timer(0.02, lambda: publisher.publish(message("std_msgs/msg/String", data="hello")))
+    receiver.spin(timeout_s)
+    sender.close()
+    receiver.close()
+    return None if heard else f"no DDS message on loopback within {timeout_s:g} s: is UDP on 127.0.0.1 blocked?"
