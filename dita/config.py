@@ -110,7 +110,7 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         _require(
             not (self.zero_terminal_snr and self.prediction_type == "epsilon"),
-            "diffusion.zero_terminal_snr needs prediction_type sample or v_prediction: epsilon divides by zero at t = T",
+            "diffusion.zero_terminal_snr needs prediction_type sample or v_prediction (epsilon divides by zero)",
         )
         _require(
             1 <= self.num_inference_steps <= self.num_train_timesteps,
@@ -232,3 +232,17 @@ class EvalConfig:
     videos: int  # episodes per task written as mp4
     device: str
     threads: int
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """`dita demo`: the main job as a row of commands."""
+
+    out: str
+    seed: int  # of training; demonstrations and evaluation starts are the same for every seed
+    tasks: tuple[str, ...]
+    demonstrations: int  # per task
+    experiment: str  # training recipe in configs/experiment
+    eval_episodes: int  # unseen starts per task
+    live_episodes: int
+    live_task: str

@@ -1,0 +1,207 @@
+"""Run folder <-> policy and train state: safetensors and JSON, with a SHA-256 manifest written last.
+
+    RUN/config.json                          resolved config of the run
+    RUN/checkpoints/000500/policy/           model.safetensors (EMA), config.json, contract.json, manifest.json
+    RUN/checkpoints/000500/train/            train.safetensors (weights, AdamW moments, EMA), train.json, manifest.json
+    RUN/checkpoints/last                     text file: name of the newest whole checkpoint
+
+A folder without a manifest is not a checkpoint; a folder whose files do not fit its manifest is refused by file name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dita.config import DiffusionConfig, PolicyConfig, from_dict, to_dict
+from dita.policy.policy import DitaPolicy
+from dita.preprocess import Contract
+
+FORMAT_VERSION = 1
+
+
+def save_policy(policy: DitaPolicy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write a policy folder, atomically; `weights` (e.g. the EMA's) replace the module's own.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or policy.state_dict()).items()}
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise ValueError(f"refusing to save weights that are not finite: {bad[:5]}")
+    config = {"policy": to_dict(policy.config), "diffusion": to_dict(policy.diffusion.config)}
+
+    def fill(at: Path) -> None:
+        save_file(tensors, at / "model.safetensors")
+        write_json(at / "config.json", config)
+        write_json(at / "contract.json", policy.contract.to_dict())
+
+    write_folder(folder, fill)
+
+
+def load_policy(folder: str | Path, device: str = "cpu") -> DitaPolicy:
+    """Load a policy from a policy, checkpoint or run folder; see `DitaPolicy.from_pretrained`."""
+    at = find_policy(Path(folder))
+    check_device(device)
+    verify_folder(at)
+    config = read_json(at / "config.json")
+    contract = Contract.from_dict(read_json(at / "contract.json"))
+    weights = _load_tensors(at / "model.safetensors")
+    policy = DitaPolicy(
+        from_dict(PolicyConfig, config["policy"], f"{at}/config.json: policy"),
+        from_dict(DiffusionConfig, config["diffusion"], f"{at}/config.json: diffusion"),
+        contract,
+        weights["diffusion.alphas_cumprod"],
+    )
+    _fit_names(policy, weights, at / "model.safetensors")
+    policy.load_state_dict(weights)
+    return policy.to(device).eval()
+
+
+def find_policy(folder: Path) -> Path:
+    """Return the policy folder behind a policy, checkpoint or run folder.
+
+    Raises:
+        FileNotFoundError: there is none, with what was looked for.
+    """
+    if (folder / "contract.json").is_file():
+        return folder
+    if (folder / "policy" / "contract.json").is_file():
+        return folder / "policy"
+    if (folder / "checkpoints").is_dir():
+        return last_checkpoint(folder) / "policy"
+    what = "exists but holds no policy" if folder.is_dir() else "does not exist"
+    raise FileNotFoundError(
+        f"{folder} {what}: expected contract.json, policy/contract.json or checkpoints/ (a folder of `dita train`)"
+    )
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Return the newest whole checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: the run has none yet.
+    """
+    whole = [p for p in sorted((run / "checkpoints").glob("[0-9]*")) if (p / "train" / "manifest.json").is_file()]
+    if not whole:
+        raise FileNotFoundError(f"{run} has no finished checkpoint yet; see {run}/log.jsonl for how far it came")
+    return whole[-1]
+
+
+def save_train_state(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write what exact resumption needs: tensors and plain JSON values."""
+
+    def fill(at: Path) -> None:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, at / "train.safetensors")
+        write_json(at / "train.json", state)
+
+    write_folder(folder, fill)
+
+
+def load_train_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a train state back.
+
+    Raises:
+        ValueError: damaged (the file is named).
+    """
+    verify_folder(folder)
+    return _load_tensors(folder / "train.safetensors"), read_json(folder / "train.json")
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a folder beside its final place, write its manifest last, and rename it in one step."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
+    write_json(partial / "manifest.json", {"version": FORMAT_VERSION, "files": files})
+    for path in partial.iterdir():
+        _fsync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    _fsync(folder.parent)
+
+
+def verify_folder(folder: Path) -> None:
+    """Check every file against the manifest.
+
+    Raises:
+        ValueError: no manifest, another version, or a missing, resized or changed file, by name.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} has no manifest.json: not a finished checkpoint; take an earlier one")
+    manifest = read_json(folder / "manifest.json")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise ValueError(f"{folder} has format version {manifest.get('version')}, this Dita reads {FORMAT_VERSION}")
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name:
+            raise ValueError(f"{folder}/manifest.json names {name!r}: outside the folder")
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; take another checkpoint")
+        if path.stat().st_size != entry["size"]:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: truncated?")
+        if _sha256(path) != entry["sha256"]:
+            raise ValueError(f"{path} does not fit its SHA-256: damaged or edited; take another checkpoint")
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if a torch device is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} asked for, but torch {torch.__version__} sees no CUDA device; use device=cpu")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON for people and programs; NaN is refused."""
+    path.write_text(json.dumps(values, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises ValueError naming the file."""
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected an object")
+    return values
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
+
+
+def _fit_names(policy: DitaPolicy, weights: Mapping[str, Tensor], path: Path) -> None:
+    ours = {name: tuple(t.shape) for name, t in policy.state_dict().items()}
+    theirs = {name: tuple(t.shape) for name, t in weights.items()}
+    wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if wrong:
+        lines = [f"{name}: file {theirs.get(name)}, config {ours.get(name)}" for name in wrong[:5]]
+        raise ValueError(f"{path}: {len(wrong)} tensors do not fit the config: " + "; ".join(lines))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)

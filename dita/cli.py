@@ -1,0 +1,190 @@
+"""The command line, and the only import of Hydra: argparse owns verb, positionals and flags, Hydra's compose the rest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dita.config import CollectConfig, DemoConfig, EvalConfig, LiveConfig, TrainConfig, from_dict
+from dita.embodiment import config_folder
+
+T = TypeVar("T")
+Exist = Literal["error", "resume", "overwrite"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0, 1 for a refused input, 130 for an interrupt."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    unknown = [a for a in rest if a.startswith("-")]
+    if unknown or (rest and not args.hydra):
+        parser.error(f"unknown argument {' '.join(unknown or rest)}; see dita {args.verb} --help")
+    try:
+        args.run(args, rest)
+    except KeyboardInterrupt as e:
+        print(f"dita {args.verb}: interrupted{f': {e}' if str(e) else ''}", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if args.debug:
+            raise
+        text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+        kind = "" if isinstance(e, (ValueError, KeyError, OSError)) else f"{type(e).__name__}: "
+        print(f"dita {args.verb}: {kind}{' '.join(text.split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all verbs."""
+    parser = argparse.ArgumentParser(prog="dita", description="A generalist Transformer diffusion policy for robots.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[..., None], about: str, examples: str, hydra: bool) -> argparse.ArgumentParser:
+        epilog = "examples:\n" + "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
+        if hydra:
+            epilog += f"\n\nkey=value overrides: every key stands in {config_folder()}/{name}.yaml"
+        sub = verbs.add_parser(
+            name, help=about, description=about, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run, hydra=hydra)
+        return sub
+
+    demo = verb("demo", _demo, "The main job, end to end: collect, inspect, train, eval, live, report.", """
+        dita demo
+        dita demo out=outputs/demo_seed1 seed=1
+        dita demo demo_multitask out=outputs/multitask""", True)  # fmt: skip
+    demo.add_argument("recipe", nargs="?", default="demo", help="name of a demo recipe in configs/ (default: demo)")
+    collect = verb("collect", _collect, "Collect scripted demonstrations in MuJoCo into a Zarr store.", """
+        dita collect out=data/button.zarr env.tasks=[button-press-topdown-v3] episodes=60
+        dita collect experiment=demo out=data/demo.zarr --resume""", True)  # fmt: skip
+    _add_exist(collect)
+    inspect = verb("inspect", _inspect, "Show what a store holds; check every byte.", """
+        dita inspect data/demo.zarr
+        dita inspect data/demo.zarr --verify --sheet frames.png
+        dita inspect data/demo.zarr --json""", False)  # fmt: skip
+    inspect.add_argument("store")
+    inspect.add_argument("--verify", action="store_true", help="read and check every byte")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.add_argument("--sheet", metavar="PNG", help="write a contact sheet of sampled frames")
+    train = verb("train", _train, "Train a policy on one or more stores.", """
+        dita train experiment=demo data.stores=[{path:data/demo.zarr,weight:1}] run=outputs/train/demo
+        dita train experiment=demo data.stores=[{path:data/demo.zarr,weight:1}] run=outputs/train/demo --resume
+        dita train policy=dita_tiny diffusion.objective=behaviour_cloning data.stores=[...] seed=1""", True)  # fmt: skip
+    _add_exist(train)
+    evaluate = verb("eval", _eval, "Evaluate a checkpoint in simulation, with intervals and videos.", """
+        dita eval outputs/train/demo out=outputs/eval/demo
+        dita eval outputs/train/demo episodes=100 env.tasks=[drawer-open-v3] n_action_steps=4""", True)  # fmt: skip
+    evaluate.add_argument("checkpoint", help="run, checkpoint or policy folder")
+    _add_exist(evaluate)
+    robot = verb("robot", _robot, "Run the live stack: twin, policy and guard over DDS.", """
+        dita robot live checkpoint=outputs/train/demo out=outputs/live
+        dita robot twin
+        dita robot policy checkpoint=outputs/train/demo
+        dita robot guard""", True)  # fmt: skip
+    robot.add_argument("role", choices=["live", "twin", "policy", "guard"])
+    _add_exist(robot)
+    report = verb("report", _report, "Write one self-contained HTML page about a demo folder.", """
+        dita report outputs/demo""", False)  # fmt: skip
+    report.add_argument("folder")
+    verb("env", _env, "Say what this machine can do, and what to install for the rest.", "dita env", False)
+    return parser
+
+
+def compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
+    """Compose configs/<name>.yaml with overrides into a frozen dataclass.
+
+    Raises:
+        ValueError: Hydra or the dataclass refuses a key or a value, in one line.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+            config = hydra_compose(name, overrides=list(overrides))
+            values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as e:
+        raise ValueError(f"{' '.join(str(e).split())} (keys: {config_folder()}/{name}.yaml)") from None
+    assert isinstance(values, dict)
+    return from_dict(cls, {str(k): v for k, v in values.items()}, name)
+
+
+def _add_exist(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_mutually_exclusive_group()
+    for name, about in (("resume", "continue what is there"), ("overwrite", "delete what is there first")):
+        group.add_argument(f"--{name}", dest="exist", action="store_const", const=name, default="error", help=about)
+
+
+def _demo(args: argparse.Namespace, overrides: list[str]) -> None:
+    recipe = args.recipe
+    if "=" in recipe:  # an override took the place of the optional name
+        recipe, overrides = "demo", [args.recipe, *overrides]
+    config = compose(recipe, overrides, DemoConfig)
+    from dita.demo import demo
+
+    demo(config)
+
+
+def _collect(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = compose("collect", overrides, CollectConfig)
+    from dita.envs.collect import collect
+
+    collect(config, exist=args.exist)
+
+
+def _inspect(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dita.datasets.inspect import inspect_command
+
+    inspect_command(args.store, args.verify, args.json, args.sheet)
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = compose("train", overrides, TrainConfig)
+    from dita.train import train
+
+    run = train(config, args.exist)
+    print(f"trained: {run}")
+
+
+def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = compose("eval", overrides, EvalConfig)
+    from dita.evaluate import evaluate
+    from dita.policy.policy import DitaPolicy
+
+    evaluate(DitaPolicy.from_pretrained(args.checkpoint, config.device), config, exist=args.exist)
+
+
+def _robot(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = compose("robot", overrides, LiveConfig)
+    from robot_io import nodes
+
+    run: dict[str, Callable[..., Any]] = {
+        "live": nodes.live, "twin": nodes.twin, "policy": nodes.policy, "guard": nodes.guard,
+    }  # fmt: skip
+    run[args.role](config)
+
+
+def _report(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dita.report import report
+
+    print(json.dumps({"report": str(report(Path(args.folder)))}))
+
+
+def _env(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dita.machine import print_machine
+
+    print_machine()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    sys.exit(main())

@@ -1,0 +1,280 @@
+"""The one invertible preprocessor: sole owner of layout, dtype, range, resizing and normalisation.
+
+Dataset, simulator and robot all pass through `Preprocessor.observe`; it is saved in the checkpoint as the contract.
+Shape legend: b batch, t frames, v camera slots, n actions, a action dims, A padded action dims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+
+from dita.batch import Batch, Observation
+from dita.config import LanguageConfig, PolicyConfig, PreprocessConfig
+from dita.embodiment import embodiment_from_dict, embodiment_to_dict, pad, pad_mask, sha256_json, unpad
+from dita.normalize import Normalizer, stats_from_dict, stats_to_dict
+from dita.policy.language import tokenizer
+from dita.types import ActionChunk, EmbodimentSpec, NormStats, RawObservation, Window
+
+CONTRACT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a checkpoint, a dataset and a robot must agree on, per embodiment."""
+
+    preprocess: Mapping[str, Any]  # image size, resize, normalisation, padded dims: plain values
+    specs: Mapping[str, EmbodimentSpec]
+    stats: Mapping[str, NormStats]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_dict` inverts it."""
+        return {
+            "version": CONTRACT_VERSION,
+            "preprocess": dict(self.preprocess),
+            "embodiments": {
+                name: {"spec": embodiment_to_dict(spec), "stats": stats_to_dict(self.stats[name])}
+                for name, spec in self.specs.items()
+            },
+            "hash": self.root_hash,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Contract:
+        """Rebuild a contract.
+
+        Raises:
+            ValueError: of another version, or its hash does not fit its content.
+        """
+        if values.get("version") != CONTRACT_VERSION:
+            raise ValueError(f"contract version {values.get('version')!r}, this Dita reads {CONTRACT_VERSION}")
+        parts = values["embodiments"].items()
+        specs = {name: embodiment_from_dict(part["spec"], f"contract: {name}") for name, part in parts}
+        contract = cls(values["preprocess"], specs, {name: stats_from_dict(part["stats"]) for name, part in parts})
+        if contract.root_hash != values.get("hash"):
+            raise ValueError(f"contract hash is {values.get('hash')}, its content gives {contract.root_hash}: edited?")
+        return contract
+
+    def hash_of(self, embodiment: str) -> str:
+        """Return the hash that training, evaluation and this robot compare; limits and wording left out."""
+        spec = embodiment_to_dict(self.specs[embodiment])
+        hashed = {key: value for key, value in spec.items() if key not in ("limits", "robot")}
+        return sha256_json(
+            {"preprocess": dict(self.preprocess), "spec": hashed, "stats": stats_to_dict(self.stats[embodiment])}
+        )
+
+    @property
+    def root_hash(self) -> str:
+        """Return one hash over all embodiments."""
+        return sha256_json({name: self.hash_of(name) for name in self.specs})
+
+    def check_embodiment(self, spec: EmbodimentSpec) -> None:
+        """Refuse a robot, simulator or dataset that is not the one this contract was made for.
+
+        Raises:
+            ValueError: the embodiment is unknown, or a field differs (named, with both values).
+        """
+        if spec.name not in self.specs:
+            raise ValueError(f"embodiment {spec.name!r} is not in the checkpoint; it knows {sorted(self.specs)}")
+        ours, theirs = embodiment_to_dict(self.specs[spec.name]), embodiment_to_dict(spec)
+        differences = [
+            f"{path}: checkpoint {a!r}, here {b!r}"
+            for key in ours
+            if key not in ("limits", "robot")
+            for path, a, b in _differences(key, ours[key], theirs[key])
+        ]
+        if differences:
+            raise ValueError(f"embodiment {spec.name!r} differs from the checkpoint's: " + "; ".join(differences[:5]))
+
+
+def _differences(path: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in sorted(a | b) for d in _differences(f"{path}.{k}", a.get(k), b.get(k))]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i in range(len(a)) for d in _differences(f"{path}[{i}]", a[i], b[i])]
+    return [] if a == b else [(path, a, b)]
+
+
+def make_contract(
+    config: PreprocessConfig, policy: PolicyConfig, specs: Sequence[EmbodimentSpec], stats: Sequence[NormStats]
+) -> Contract:
+    """Collect what the preprocessor needs into a contract."""
+    language = policy.language
+    preprocess = {
+        "image_size": policy.vision.image_size,
+        "resize": config.resize,
+        "normalization": config.normalization,
+        "n_obs_steps": policy.n_obs_steps,
+        "cameras": policy.cameras,
+        "state_dim": policy.state_dim,
+        "action_dim": policy.action_dim,
+        "language": {"kind": language.kind, "max_tokens": language.max_tokens, "pretrained": language.pretrained},
+    }
+    return Contract(preprocess, {s.name: s for s in specs}, {s.embodiment: s for s in stats})
+
+
+class Preprocessor:
+    """Windows of raw observations <-> what the network sees, for every embodiment of a contract."""
+
+    def __init__(self, contract: Contract) -> None:
+        """Raises KeyError or ValueError if a field has no statistics or no room in the padded vectors."""
+        self.contract = contract
+        p = contract.preprocess
+        self.image_size, self.frames, self.views = p["image_size"], p["n_obs_steps"], p["cameras"]
+        self.state_dim, self.action_dim = p["state_dim"], p["action_dim"]
+        self.specs = contract.specs
+        self.index = {name: i for i, name in enumerate(self.specs)}
+        method = p["normalization"]
+        self._state = {n: Normalizer("state", s.state, contract.stats[n], method) for n, s in self.specs.items()}
+        self._action = {n: Normalizer("action", s.action, contract.stats[n], method) for n, s in self.specs.items()}
+        self.state_mask = {n: pad_mask(s.state, self.state_dim) for n, s in self.specs.items()}
+        self.action_mask = {n: pad_mask(s.action, self.action_dim) for n, s in self.specs.items()}
+        for spec in self.specs.values():
+            too_far = [c.name for c in spec.cameras if c.slot >= self.views]
+            if too_far:
+                raise ValueError(f"{spec.name!r}: cameras {too_far} have slots beyond policy.cameras={self.views}")
+        self._language = p["language"]
+        self._tokenize = None  # built on first use: it may import transformers
+        self._tokens: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def window(self, history: Sequence[RawObservation], embodiment: str) -> Window:
+        """Make a window from at most n_obs_steps observations, oldest first; a shorter history repeats its first.
+
+        Raises:
+            ValueError: the history is empty or too long, or its stamps do not rise.
+        """
+        if not 1 <= len(history) <= self.frames:
+            raise ValueError(f"history has {len(history)} observations, the policy takes 1..{self.frames}")
+        stamps = [o.stamp for o in history]
+        if any(b <= a for a, b in zip(stamps, stamps[1:], strict=False)):
+            raise ValueError(f"stamps of a history must rise, got {stamps}")
+        missing = self.frames - len(history)
+        full = [history[0]] * missing + list(history)
+        return Window(
+            images={c: np.stack([o.images[c] for o in full]) for c in self._camera_names(history, embodiment)},
+            frame_valid=np.arange(self.frames) >= missing,
+            state=np.stack([o.state for o in full]),
+            instruction=history[-1].instruction,
+            embodiment=embodiment,
+            stamp=history[-1].stamp,
+        )
+
+    def observe(self, windows: Sequence[Window]) -> Observation:
+        """Make the batched observation; images stay uint8.
+
+        Raises:
+            ValueError: unknown embodiment, other cameras, image sizes, state dims, or a state that is not finite.
+        """
+        b, size = len(windows), self.image_size
+        images = np.zeros((b, self.frames, self.views, size, size, 3), np.uint8)
+        image_valid = np.zeros((b, self.frames, self.views), bool)
+        state = np.zeros((b, self.frames, self.state_dim), np.float32)
+        tokens = [self.tokens(w.instruction) for w in windows]
+        for i, w in enumerate(windows):
+            spec = self._spec(w.embodiment)
+            for camera in spec.cameras:
+                images[i, :, camera.slot] = self._fit(self._frames_of(w, camera.name, camera.height, camera.width))
+                image_valid[i, :, camera.slot] = w.frame_valid
+            if not np.isfinite(w.state).all():
+                raise ValueError(f"state of {spec.name!r} is not finite: {w.state.tolist()}")
+            state[i] = pad(self._state[spec.name].apply(w.state), spec.state, self.state_dim)
+        names = [w.embodiment for w in windows]
+        return Observation(
+            images=torch.from_numpy(images).permute(0, 1, 2, 5, 3, 4),  # a view: channels-last, as convolutions like it
+            image_valid=torch.from_numpy(image_valid),
+            state=torch.from_numpy(state),
+            state_valid=torch.from_numpy(np.stack([self.state_mask[n] for n in names])),
+            language=torch.from_numpy(np.stack([ids for ids, _ in tokens])),
+            language_valid=torch.from_numpy(np.stack([valid for _, valid in tokens])),
+            embodiment=torch.tensor([self.index[n] for n in names]),
+        )
+
+    def batch(self, windows: Sequence[Window]) -> Batch:
+        """Make a training batch from windows that carry actions."""
+        observation = self.observe(windows)
+        actions = np.stack([self.encode_actions(w.actions, w.embodiment) for w in windows if w.actions is not None])
+        assert len(actions) == len(windows), "training windows carry actions"
+        steps = np.stack([w.step_valid for w in windows if w.step_valid is not None])  # [b n]
+        dims = np.stack([self.action_mask[w.embodiment] for w in windows])  # [b A]
+        valid = steps[:, :, None] & dims[:, None, :]  # [b n A]
+        return Batch(observation, torch.from_numpy(actions * valid), torch.from_numpy(valid))
+
+    def encode_actions(self, values: Float[np.ndarray, "n a"], embodiment: str) -> Float[np.ndarray, "n A"]:
+        """Normalise physical actions with their own embodiment's statistics and pad them.
+
+        Raises:
+            ValueError: wrong number of dims, or a value that is not finite.
+        """
+        spec = self._spec(embodiment)
+        if not np.isfinite(values).all():
+            raise ValueError(f"an action of {embodiment!r} is not finite (first bad row {_bad_row(values)})")
+        return pad(self._action[embodiment].apply(values), spec.action, self.action_dim)
+
+    def decode_actions(self, padded: Float[np.ndarray, "n A"], embodiment: str, stamp: float) -> ActionChunk:
+        """Turn the network's actions back into a physical chunk; inverts `encode_actions`.
+
+        Raises:
+            ValueError: a value is not finite: nothing may reach a robot from such a network.
+        """
+        spec = self._spec(embodiment)
+        values = self._action[embodiment].invert(unpad(padded, spec.action))
+        if not np.isfinite(values).all():
+            raise ValueError(f"the policy's action for {embodiment!r} is not finite (first bad row {_bad_row(values)})")
+        return ActionChunk(values, stamp, spec.action_dt, embodiment)
+
+    def tokens(self, instruction: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids, valid) of an instruction, each distinct string tokenised once."""
+        if instruction not in self._tokens:
+            if self._tokenize is None:
+                self._tokenize = tokenizer(LanguageConfig(layers=0, **self._language))
+            self._tokens[instruction] = self._tokenize(instruction)
+        return self._tokens[instruction]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tokenize": None}  # closures do not travel to loader workers
+
+    def _spec(self, embodiment: str) -> EmbodimentSpec:
+        if embodiment not in self.specs:
+            raise ValueError(f"embodiment {embodiment!r} is not in the contract; it knows {sorted(self.specs)}")
+        return self.specs[embodiment]
+
+    def _camera_names(self, history: Sequence[RawObservation], embodiment: str) -> list[str]:
+        names = [c.name for c in self._spec(embodiment).cameras]
+        for o in history:
+            if sorted(o.images) != sorted(names):
+                raise ValueError(f"observation has cameras {sorted(o.images)}, {embodiment!r} has {sorted(names)}")
+        return names
+
+    def _frames_of(self, w: Window, camera: str, height: int, width: int) -> UInt8[np.ndarray, "t h w 3"]:
+        if camera not in w.images:
+            raise ValueError(f"window has cameras {sorted(w.images)}, {w.embodiment!r} needs {camera!r}")
+        frames = w.images[camera]
+        if frames.dtype != np.uint8 or frames.shape != (self.frames, height, width, 3):
+            raise ValueError(
+                f"camera {camera!r} of {w.embodiment!r}: got {frames.dtype} {list(frames.shape)}, "
+                f"needs uint8 {[self.frames, height, width, 3]}"
+            )
+        return frames
+
+    def _fit(self, frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t z z 3"]:
+        _, h, w, _ = frames.shape
+        size = self.image_size
+        if (h, w) == (size, size):
+            return frames
+        if self.contract.preprocess["resize"] == "letterbox":
+            side = max(h, w)
+            top, left = (side - h) // 2, (side - w) // 2
+            frames = np.pad(frames, ((0, 0), (top, side - h - top), (left, side - w - left), (0, 0)))
+        x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+        x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+def _bad_row(values: np.ndarray) -> int:
+    return int(np.flatnonzero(~np.isfinite(values).all(-1))[0])
