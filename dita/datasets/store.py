@@ -1,0 +1,850 @@
+"""Episodes on disk: a Zarr v3 group of sealed, immutable segments, written crash-safe and read without zarr-python.
+
+    <name>.zarr/zarr.json              attributes "dita": format_version, embodiment, control_hz, source, licence
+      segments/<id>/                   a Zarr v3 group: images/<camera>, state, action, stamp; attributes "episodes"
+      segments/<id>.sealed.json        manifest: size and SHA-256 of every file, lengths; appears by one atomic rename
+      staging/<writer>/<hash>/         finished episodes that wait for sealing; staging/<writer>.lock
+
+An episode is the unit of commit: `StoreWriter.add` stages it (fsync, rename), `seal` packs what is staged into one new
+segment. Readers see sealed segments only; nothing is rewritten in place. Killed at any byte, a writer loses the episode
+it was adding and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+from jaxtyping import Float32, Float64, UInt8
+
+from dita.datasets.shards import IMAGE_CODECS, ArrayLayout, ShardReader, StoreError, difference
+from dita.embodiment import canonical_json, embodiment_from_dict, embodiment_to_dict, sha256_json, slices
+from dita.types import EmbodimentSpec, Episode, EpisodeSpec
+
+__all__ = ["Store", "StoreError", "StoreWriter"]
+
+FORMAT_VERSION = 1
+LOW_DIM_CHUNK = 256  # frames; images have one frame per chunk
+DISK_RESERVE = 64 * 2**20  # [bytes] left free
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+
+log = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+def segment_layouts(spec: EmbodimentSpec, frames: int, codec: str) -> tuple[ArrayLayout, ...]:
+    """Return the arrays of a segment of `frames` frames."""
+    images = (ArrayLayout(f"images/{c.name}", (frames, c.height, c.width, 3), "uint8", 1, codec) for c in spec.cameras)
+    return (
+        *images,
+        ArrayLayout("state", (frames, spec.state_dim), "float32", LOW_DIM_CHUNK, "raw"),
+        ArrayLayout("action", (frames, spec.action_dim), "float32", LOW_DIM_CHUNK, "raw"),
+        ArrayLayout("stamp", (frames,), "float64", LOW_DIM_CHUNK, "raw"),
+    )
+
+
+def segment_files(layouts: tuple[ArrayLayout, ...]) -> list[str]:
+    """Return every file of a segment, by its path inside it."""
+    shards = (layout.shard_name(i) for layout in layouts for i in range(layout.shards))
+    return ["zarr.json", "images/zarr.json", *(f"{layout.name}/zarr.json" for layout in layouts), *shards]
+
+
+def content_hash(episode: Episode) -> str:
+    """Hash what an episode shows and does: images, state, action, instruction; not its stamps or source."""
+    cameras = sorted(episode.images)
+    arrays = [*(episode.images[c] for c in cameras), episode.state, episode.action]
+    digest = hashlib.sha256(canonical_json([episode.instruction, cameras, [a.shape for a in arrays]]).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+class Store:
+    """Read a sealed store on a local disk.
+
+    Opening is cheap: it checks version, schema, lengths and manifests, and the size of every file. Each chunk is
+    checked when it is read; `verify` checks every byte. A store pickles as its path and its segments, and opens its
+    files anew in each process.
+    """
+
+    def __init__(self, path: str | Path, segments: Sequence[str] | None = None) -> None:
+        """Open the store at `path`, or only the named segments of it.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+            StoreError: E_SCHEMA (not a store, or a field is not as the format says), E_VERSION (newer format),
+                E_UNSEALED (no sealed segment), E_LENGTH, E_CHUNK_MISSING, E_TRUNCATED, E_CHECKSUM.
+        """
+        self.path = Path(path)
+        self.attributes = read_root(self.path)
+        self.spec = embodiment_from_dict(self.attributes["embodiment"], where=f"E_SCHEMA: {self.path}: embodiment")
+        ids = sealed_segments(self.path) if segments is None else list(segments)
+        if not ids:
+            raise _nothing_sealed(self.path)
+        self._segments = [Segment(self.path, segment, self.spec) for segment in ids]
+        self._by_episode = [(s, entry) for s in self._segments for entry in s.episodes]
+        self.episodes: tuple[EpisodeSpec, ...] = tuple(
+            EpisodeSpec(
+                store=str(self.path),
+                segment=segment.id,
+                dt=1 / self.spec.control_hz,
+                embodiment=self.spec.name,
+                **entry,
+            )
+            for segment, entry in self._by_episode
+        )
+
+    def __reduce__(self) -> tuple:
+        """Pickle without open files; segments sealed meanwhile stay out, so that episode numbers keep their meaning."""
+        return Store, (self.path, self.segments)
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Ids of the open segments."""
+        return tuple(s.id for s in self._segments)
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """Image codecs in use, "raw" or "jpeg"."""
+        return tuple(sorted({s.codec for s in self._segments}))
+
+    @property
+    def dt(self) -> float:
+        """Time between frames [s]."""
+        return 1 / self.spec.control_hz
+
+    def length(self, episode: int) -> int:
+        """Return the number of frames of an episode."""
+        return self.episodes[episode].stop - self.episodes[episode].start
+
+    def read_frames(self, episode: int, camera: str, frames: Sequence[int]) -> UInt8[np.ndarray, "t h w 3"]:
+        """Read frames of one camera by their index in the episode; one may be asked for twice.
+
+        Raises:
+            ValueError: no such camera, or an index outside the episode.
+            StoreError: E_CHUNK_MISSING, E_CHECKSUM, E_TRUNCATED, with file, episode and frame.
+        """
+        segment, entry = self._by_episode[episode]
+        start, length = entry["start"], entry["stop"] - entry["start"]
+        if min(frames, default=0) < 0 or max(frames, default=0) >= length:
+            raise ValueError(f"episode {episode} has frames 0..{length - 1}, asked for {list(frames)}")
+        return segment.reader(f"images/{camera}").read([start + i for i in frames])
+
+    def state(self, episode: int) -> Float32[np.ndarray, "m s"]:
+        """Return the state at every frame of an episode, SI, as the embodiment's fields; read-only."""
+        return self._low_dim(episode, "state")
+
+    def action(self, episode: int) -> Float32[np.ndarray, "m a"]:
+        """Return the action taken at every frame of an episode, SI, as the embodiment's fields; read-only."""
+        return self._low_dim(episode, "action")
+
+    def stamp(self, episode: int) -> Float64[np.ndarray, "m"]:
+        """Return the stamp of every frame of an episode [s]; read-only."""
+        return self._low_dim(episode, "stamp")
+
+    def verify(self, progress: Progress | None = None) -> int:
+        """Check every byte against the manifests; return how many bytes that were.
+
+        Raises:
+            StoreError: the first fault: E_CHUNK_MISSING, E_TRUNCATED or E_CHECKSUM, with file, episode and frame.
+        """
+        total, done = sum(s.bytes for s in self._segments), 0
+        for segment in self._segments:
+            for size in segment.verify():
+                done += size
+                if progress is not None:
+                    progress(done, total)
+        return done
+
+    def _low_dim(self, episode: int, name: str) -> np.ndarray:
+        segment, entry = self._by_episode[episode]
+        return getattr(segment, name)[entry["start"] : entry["stop"]]
+
+
+class Segment:
+    """One sealed segment: manifest, episode list and array readers. Opening checks all but the shards' bytes."""
+
+    def __init__(self, store: Path, segment: str, spec: EmbodimentSpec) -> None:
+        """Open `segments/<segment>` of the store; see `Store` for what it raises."""
+        self.id = segment
+        self.folder = store / "segments" / segment
+        manifest = _read_manifest(store, segment)
+        self.codec: str = manifest["codec"]
+        self._files: dict[str, list] = manifest["files"]
+        self._layouts = {layout.name: layout for layout in segment_layouts(spec, manifest["frames"], self.codec)}
+        self._readers: dict[str, ShardReader] = {}
+        self._check_files()
+        self._check_metadata()
+        self.episodes: list[dict[str, Any]] = self._read_episodes(manifest["frames"])
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(size for size, _ in self._files.values())
+
+    @cached_property
+    def state(self) -> np.ndarray:
+        """State at every frame, read once."""
+        return _frozen(self.reader("state").read_all())
+
+    @cached_property
+    def action(self) -> np.ndarray:
+        """Action at every frame, read once."""
+        return _frozen(self.reader("action").read_all())
+
+    @cached_property
+    def stamp(self) -> np.ndarray:
+        """Stamp of every frame, read once."""
+        return _frozen(self.reader("stamp").read_all())
+
+    def reader(self, name: str) -> ShardReader:
+        """Return the reader of one array, e.g. "images/front"."""
+        if name not in self._readers:
+            if name not in self._layouts:
+                raise ValueError(f"no array {name!r} in {self.folder}; it has {', '.join(self._layouts)}")
+            self._readers[name] = ShardReader(self.folder, self._layouts[name], self.locate)
+        return self._readers[name]
+
+    def locate(self, frame: int) -> str:
+        """Name the episode and frame at a frame of this segment."""
+        for i, e in enumerate(self.episodes):
+            if e["start"] <= frame < e["stop"]:
+                return f"segment {self.id}, episode {i} ({e['source']}), frame {frame - e['start']}"
+        return f"segment {self.id}, frame {frame}"
+
+    def verify(self) -> Iterator[int]:
+        """Check the SHA-256 of every file; yield each size."""
+        for name, (size, digest) in self._files.items():
+            if _hash_file(self.folder / name)[1] != digest:
+                self._explain(name)
+            yield size
+
+    def _explain(self, name: str) -> None:
+        for layout in self._layouts.values():
+            for shard in range(layout.shards):
+                if layout.shard_name(shard) == name:
+                    ShardReader(self.folder, layout, self.locate).check_shard(shard)
+        raise StoreError(f"E_CHECKSUM: {self.folder / name}: SHA-256 differs from the manifest; restore it from a copy")
+
+    def _check_files(self) -> None:
+        expected = segment_files(tuple(self._layouts.values()))
+        if text := difference(sorted(expected), sorted(self._files), "files"):
+            raise StoreError(f"E_SCHEMA: {self.folder}.sealed.json: {text}")
+        for name, (size, _) in self._files.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise StoreError(f"E_CHUNK_MISSING: {path}: the file does not exist; restore it from a copy")
+            if (found := path.stat().st_size) != size:
+                code = "E_TRUNCATED" if found < size else "E_CHECKSUM"
+                raise StoreError(f"{code}: {path}: expected {size} bytes, found {found}; restore it from a copy")
+
+    def _check_metadata(self) -> None:
+        expected = {f"{name}/zarr.json": layout.metadata() for name, layout in self._layouts.items()}
+        for name in ("zarr.json", "images/zarr.json", *expected):
+            found = _read_json(self.folder / name)
+            if text := difference(expected.get(name, found), found):
+                raise StoreError(f"E_SCHEMA: {self.folder / name}: {text}")
+            if _hash_file(self.folder / name)[1] != self._files[name][1]:
+                raise StoreError(f"E_CHECKSUM: {self.folder / name}: edited or damaged after sealing")
+
+    def _read_episodes(self, frames: int) -> list[dict[str, Any]]:
+        path = self.folder / "zarr.json"
+        episodes = _read_json(path)["attributes"]["episodes"]
+        starts, stops = [e["start"] for e in episodes], [e["stop"] for e in episodes]
+        if [*starts, frames] != [0, *stops]:
+            raise StoreError(f"E_LENGTH: {path}: episodes end at {stops} but the arrays have {frames} frames")
+        return episodes
+
+
+class StoreWriter:
+    """Write whole episodes into a store; one writer per `writer` name at a time, any number of names.
+
+    As a context manager it seals on a clean exit; after an error or Ctrl-C what was staged waits for the next run.
+    """
+
+    def __init__(self, path: Path, spec: EmbodimentSpec, codec: str, writer: str) -> None:
+        """Use `StoreWriter.create`."""
+        self.path = path
+        self.spec = spec
+        self._codec = codec
+        self._name = writer
+        self._staging = path / "staging" / writer
+        self._episodes: dict[str, str] = {}  # source -> content hash, sealed ones and everybody's staged ones
+        self._staged: dict[str, Path] = {}  # source -> folder, this writer's
+        self._lock = _lock(path / "staging" / f"{writer}.lock")
+        try:
+            self._staging.mkdir(exist_ok=True)
+            self._read_sealed()
+            self.cleaned: tuple[str, ...] = tuple(self._clean())  # what an earlier, killed run left behind
+            self._read_staged()
+        except BaseException:
+            self.close()
+            raise
+        for text in self.cleaned:
+            log.warning("%s: %s", path, text)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        spec: EmbodimentSpec,
+        *,
+        source: str,
+        licence: str,
+        codec: Literal["raw", "jpeg"] = "raw",
+        exist: Literal["error", "resume", "overwrite"] = "error",
+        writer: str = "main",
+    ) -> StoreWriter:
+        """Create a store, or continue one.
+
+        Args:
+            path: the store's folder, by habit `<name>.zarr`.
+            spec: every episode's embodiment.
+            source: where the data comes from, for people.
+            licence: of the data, e.g. an SPDX id.
+            codec: of the images; "jpeg" is lossy (quality 95, 4:4:4).
+            exist: what to do when `path` exists.
+            writer: a name of its own for each of several writers into one store.
+
+        Raises:
+            FileExistsError: `path` exists and exist="error".
+            ValueError: a name that cannot be a file name, an unknown codec, an existing store that differs (the field
+                is named), or overwrite of something that is no store.
+            StoreError: E_LOCKED: another process writes under this name.
+        """
+        path = Path(path)
+        _check_names([writer, *(c.name for c in spec.cameras)])
+        if codec not in IMAGE_CODECS:
+            raise ValueError(f"no codec {codec!r}; there are {', '.join(IMAGE_CODECS)}")
+        if path.exists() and exist == "error":
+            raise FileExistsError(f"{path} exists; --resume continues it, --overwrite deletes it first")
+        if path.exists() and exist == "overwrite":
+            _remove_store(path)
+        _create_root(path, {"source": source, "licence": licence, **_root_attributes(spec)})
+        return cls(path, spec, codec, writer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.seal()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Release the lock; staged episodes stay staged."""
+        with suppress(OSError):
+            self._staging.rmdir()  # only when empty
+        _unlock(self._lock, self.path / "staging" / f"{self._name}.lock")
+        with suppress(OSError):
+            self._staging.parent.rmdir()
+
+    def sources(self) -> frozenset[str]:
+        """Return the sources of all episodes, sealed or staged: what a rerun may skip."""
+        return frozenset(self._episodes)
+
+    def staged_sources(self) -> frozenset[str]:
+        """Return the sources of this writer's episodes that wait for sealing."""
+        return frozenset(self._staged)
+
+    def add(self, episode: Episode) -> str:
+        """Check one finished episode and stage it durably; return its content hash.
+
+        Raises:
+            StoreError: E_SCHEMA (shape, dtype, cameras), E_LENGTH, E_VALUE (not finite, empty instruction), E_STAMP
+                (not increasing, or not at control_hz), E_DUP (source or content is there), E_NOSPACE.
+        """
+        check_episode(episode, self.spec)
+        digest = content_hash(episode)
+        if episode.source in self._episodes:
+            raise StoreError(f"E_DUP: {self.path} has an episode with source {episode.source!r}; skip it")
+        if digest in self._episodes.values():
+            twin = next(s for s, d in self._episodes.items() if d == digest)
+            raise StoreError(f"E_DUP: episode {episode.source!r} has the same content as {twin!r}; skip it")
+        arrays = _staged_arrays(episode)
+        _require_space(self.path, sum(a.nbytes for a in arrays.values()))
+        entry = {
+            "source": episode.source,
+            "instruction": episode.instruction,
+            "success": episode.success,
+            "content_hash": digest,
+        }
+        folder = self._staging / hashlib.sha256(episode.source.encode()).hexdigest()[:32]
+        with _disk_errors(self.path):
+            _stage(folder, arrays, entry)
+        self._episodes[episode.source] = digest
+        self._staged[episode.source] = folder
+        return digest
+
+    def seal(self, progress: Progress | None = None) -> str | None:
+        """Pack this writer's staged episodes, ordered by source, into one new segment; return its id, None if none.
+
+        Equal episodes give equal bytes, in whatever order they were added. `progress` is told (frames, all frames).
+
+        Raises:
+            StoreError: E_NOSPACE, or E_CHECKSUM: a staged episode was damaged.
+        """
+        if not self._staged:
+            return None
+        folders = [self._staged[source] for source in sorted(self._staged)]
+        numbers = [int(s.rpartition("-")[2]) for s in sealed_segments(self.path) if _writer_of(s) == self._name]
+        segment = f"{self._name}-{max(numbers, default=-1) + 1:04d}"
+        _require_space(self.path, sum(file.stat().st_size for f in folders for file in f.rglob("*.npy")))
+        with _disk_errors(self.path):
+            self._write_segment(segment, folders, progress)
+        for folder in folders:
+            _remove(folder)
+        self._staged = {}
+        return segment
+
+    def _write_segment(self, segment: str, staged: list[Path], progress: Progress | None) -> None:
+        folder = self.path / "segments" / segment
+        entries, frames = [], 0
+        for episode in staged:
+            length = _check_staged(episode, self.spec)
+            entries.append({**_read_json(episode / "episode.json"), "start": frames, "stop": frames + length})
+            frames += length
+        layouts = segment_layouts(self.spec, frames, self._codec)
+        _write_json(folder / "images" / "zarr.json", GROUP)
+        for i, layout in enumerate(layouts):
+            parts = (_load_staged(episode, layout.name) for episode in staged)  # one open at a time
+            for done in _write_array(folder, layout, parts):
+                if progress is not None:
+                    progress(i * frames + done, len(layouts) * frames)
+        _write_json(folder / "zarr.json", GROUP | {"attributes": {"episodes": entries}})
+        files = {name: list(_hash_file(folder / name, sync=True)) for name in segment_files(layouts)}
+        for directory, _, _ in os.walk(folder):
+            _sync(Path(directory))
+        _sync(folder.parent)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "store_sha256": _hash_file(self.path / "zarr.json")[1],
+            "codec": self._codec,
+            "frames": frames,
+            "files": files,
+        }
+        sealed = canonical_json(manifest | {"sha256": sha256_json(manifest)})
+        _write_atomic(folder.with_name(f"{segment}.sealed.json"), sealed.encode())
+
+    def _read_sealed(self) -> None:
+        for segment in sealed_segments(self.path):
+            episodes = Segment(self.path, segment, self.spec).episodes
+            self._episodes |= {e["source"]: e["content_hash"] for e in episodes}
+
+    def _read_staged(self) -> None:
+        for folder in staged_episodes(self.path):
+            entry = _read_json(folder / "episode.json")
+            self._episodes[entry["source"]] = entry["content_hash"]
+            if folder.parent == self._staging:
+                self._staged[entry["source"]] = folder
+
+    def _clean(self) -> Iterator[str]:
+        sealed = set(sealed_segments(self.path))
+        for path in sorted((self.path / "segments").iterdir()):
+            mine = _writer_of(path.name.removeprefix(".")) == self._name
+            if mine and path.suffix == ".partial":
+                path.unlink()
+            elif mine and path.is_dir() and path.name not in sealed:
+                _remove(path)
+                yield f"removed the unsealed segment {path.name}; its episodes are still staged"
+        for folder in sorted(self._staging.iterdir()):
+            if folder.suffix == ".partial":
+                shutil.rmtree(folder)
+                yield f"removed the unfinished episode {folder.name}; its writer ended before it was staged"
+            elif folder.suffix == ".removed":
+                shutil.rmtree(folder)
+            elif _read_json(folder / "episode.json")["source"] in self._episodes:
+                _remove(folder)
+                yield f"removed the staged copy {folder.name} of a sealed episode"
+
+
+def check_episode(episode: Episode, spec: EmbodimentSpec) -> None:
+    """Check an episode against its embodiment.
+
+    Raises:
+        StoreError: E_SCHEMA, E_LENGTH, E_VALUE or E_STAMP; see `StoreWriter.add`.
+    """
+    who = f"episode {episode.source!r}"
+    if not episode.source or not episode.instruction.strip():
+        raise StoreError(f"E_VALUE: {who}: source and instruction must not be empty")
+    if text := difference(sorted(c.name for c in spec.cameras), sorted(episode.images), "cameras"):
+        raise StoreError(f"E_SCHEMA: {who}: {text}")
+    arrays = _staged_arrays(episode)
+    lengths = {name: len(a) for name, a in arrays.items()}
+    if len(set(lengths.values())) != 1 or len(episode.stamp) == 0:
+        raise StoreError(f"E_LENGTH: {who}: every array needs the same length of at least 1, found {lengths}")
+    for layout in segment_layouts(spec, len(episode.stamp), "raw"):
+        found = arrays[layout.name]
+        if found.shape != layout.shape or found.dtype != layout.dtype:
+            raise StoreError(
+                f"E_SCHEMA: {who}: {layout.name}: expected {layout.dtype} {list(layout.shape)}, "
+                f"found {found.dtype} {list(found.shape)}"
+            )
+    for group, fields in (("state", spec.state), ("action", spec.action)):
+        for field, here, _ in slices(fields):
+            _check_finite(arrays[group][:, here], f"{who}: {group}.{field.name}")
+    _check_finite(episode.stamp[:, None], f"{who}: stamp")
+    _check_stamps(episode.stamp, spec.control_hz, who)
+
+
+def read_root(path: Path) -> dict[str, Any]:
+    """Read and check the attributes of a store.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        StoreError: E_SCHEMA: not a store; E_VERSION: a newer one.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no store at {path}; `dita collect` writes one")
+    if (path / ".zgroup").exists() or (path / ".zarray").exists():
+        raise StoreError(f"E_SCHEMA: {path} is Zarr v2; a store of dita is a Zarr v3 group")
+    if not (path / "zarr.json").is_file():
+        raise StoreError(f"E_SCHEMA: {path} is not a store of dita: it has no zarr.json")
+    root = _read_json(path / "zarr.json")
+    attributes = root.get("attributes", {}).get("dita")
+    if not isinstance(attributes, dict) or not isinstance(version := attributes.get("format_version"), int):
+        raise StoreError(f"E_SCHEMA: {path} is not a store of dita: its attributes lack dita.format_version")
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            f"E_VERSION: {path} has format {version}, this dita reads up to {FORMAT_VERSION}: upgrade dita"
+        )
+    known = {k: attributes.get(k) for k in ("embodiment", "control_hz", "source", "licence")}
+    if text := difference(GROUP | {"attributes": {"dita": known | {"format_version": FORMAT_VERSION}}}, root):
+        raise StoreError(f"E_SCHEMA: {path / 'zarr.json'}: {text}")
+    return attributes
+
+
+def sealed_segments(path: Path) -> list[str]:
+    """Return the ids of the sealed segments of a store, sorted."""
+    return sorted(p.name.removesuffix(".sealed.json") for p in path.glob("segments/[!.]*.sealed.json"))
+
+
+def _writer_of(segment: str) -> str:
+    return segment.rpartition("-")[0]
+
+
+def staged_episodes(path: Path) -> list[Path]:
+    """Return the folders of all staged, unsealed episodes of a store, sorted."""
+    return sorted(p.parent for p in path.glob("staging/*/*/episode.json") if not p.parent.suffix)
+
+
+# --- segments and manifests
+
+
+def _read_manifest(store: Path, segment: str) -> dict[str, Any]:
+    path = store / "segments" / f"{segment}.sealed.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no sealed segment {segment!r} in {store}; it has {sealed_segments(store)}")
+    manifest = _read_json(path)
+    if isinstance(manifest, dict) and manifest.get("format_version", 0) > FORMAT_VERSION:
+        raise StoreError(f"E_VERSION: {path} has format {manifest['format_version']}: upgrade dita")
+    body = {k: v for k, v in manifest.items() if k != "sha256"} if isinstance(manifest, dict) else {}
+    if path.read_text() != canonical_json(body | {"sha256": sha256_json(body)}):
+        raise StoreError(f"E_CHECKSUM: {path}: the manifest is damaged; restore it from a copy")
+    if _hash_file(store / "zarr.json")[1] != body["store_sha256"]:
+        raise StoreError(f"E_CHECKSUM: {store / 'zarr.json'}: edited or damaged after segment {segment} was sealed")
+    if _read_json(store / "segments" / "zarr.json") != GROUP:
+        raise StoreError(f"E_SCHEMA: {store / 'segments' / 'zarr.json'}: expected {canonical_json(GROUP)}")
+    return body
+
+
+def _nothing_sealed(path: Path) -> StoreError:
+    staged = len(staged_episodes(path))
+    if staged:
+        what = (
+            f"{staged} staged episodes but no sealed segment: run the command that wrote it with --resume to seal them"
+        )
+    else:
+        what = "no episodes"
+    return StoreError(f"E_UNSEALED: {path} has {what}")
+
+
+def _write_array(folder: Path, layout: ArrayLayout, parts: Iterable[np.ndarray]) -> Iterator[int]:
+    """Write one array through zarr-python, each shard once; yield the frames done."""
+    import zarr  # not needed for reading
+
+    if layout.codec == "jpeg":
+        import dita.datasets.jpeg  # noqa: F401  registers the codec
+
+    _write_json(folder / layout.name / "zarr.json", layout.metadata())
+    done = 0
+    # all-zero chunks are left out by default, and then look like lost ones
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        array = zarr.open_array(folder / layout.name, mode="r+")
+        for block in _blocks(parts, layout.shard_frames):
+            array[done : done + len(block)] = block
+            done += len(block)
+            yield done
+
+
+def _blocks(parts: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Cut the concatenation of `parts` into blocks of `size` rows, the last one shorter."""
+    held: list[np.ndarray] = []
+    count = 0
+    for part in parts:
+        while len(part):
+            held.append(part[: size - count])
+            count += len(held[-1])
+            part = part[len(held[-1]) :]
+            if count == size:
+                yield np.concatenate(held)
+                held, count = [], 0
+    if held:
+        yield np.concatenate(held)
+
+
+# --- roots
+
+
+def _root_attributes(spec: EmbodimentSpec) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "embodiment": embodiment_to_dict(spec), "control_hz": spec.control_hz}
+
+
+def _create_root(path: Path, attributes: Mapping[str, Any]) -> None:
+    if (path / "zarr.json").exists():
+        if text := difference(attributes, read_root(path)):
+            raise ValueError(f"{path} exists and differs in {text}; write into another store or --overwrite it")
+        return
+    if path.exists() and (others := sorted({p.name for p in path.iterdir()} - {"segments", "staging"})):
+        raise ValueError(f"{path} exists and is not a store of dita: it holds {', '.join(others[:5])}")
+    _write_json(path / "segments" / "zarr.json", GROUP)
+    _write_json(path / "zarr.json", GROUP | {"attributes": {"dita": dict(attributes)}})
+    _sync(path.parent)
+
+
+def _remove_store(path: Path) -> None:
+    if any(path.iterdir()):
+        read_root(path)  # raises on anything that is not a store
+    for lock in path.glob("staging/*.lock"):
+        _unlock(_lock(lock), lock)
+    _remove(path)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"E_PATH: {name!r} cannot be a file name; use letters, digits, _ . - (at most 64)")
+
+
+# --- staged episodes
+
+
+def _staged_arrays(episode: Episode) -> dict[str, np.ndarray]:
+    images = {f"images/{camera}": array for camera, array in episode.images.items()}
+    return images | {"state": episode.state, "action": episode.action, "stamp": episode.stamp}
+
+
+def _stage(folder: Path, arrays: Mapping[str, np.ndarray], entry: Mapping[str, Any]) -> None:
+    partial = folder.with_suffix(".partial")
+    try:
+        (partial / "images").mkdir(parents=True)
+        for name, array in arrays.items():
+            with (partial / f"{name}.npy").open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+                _flush(file)
+        _write_json(partial / "episode.json", entry)
+        _sync(partial / "images")
+        _sync(partial)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _load_staged(folder: Path, name: str) -> np.ndarray:
+    return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+
+
+def _check_staged(folder: Path, spec: EmbodimentSpec) -> int:
+    """Return the number of frames of a staged episode that is as it was when it was added."""
+    entry = _read_json(folder / "episode.json")
+    try:
+        episode = Episode(
+            images={c.name: _load_staged(folder, f"images/{c.name}") for c in spec.cameras},
+            state=_load_staged(folder, "state"),
+            action=_load_staged(folder, "action"),
+            stamp=_load_staged(folder, "stamp"),
+            instruction=entry["instruction"],
+            success=entry["success"],
+            source=entry["source"],
+        )
+        check_episode(episode, spec)
+        intact = content_hash(episode) == entry["content_hash"]
+    except (OSError, ValueError, KeyError):
+        intact = False
+    if not intact:
+        raise StoreError(f"E_CHECKSUM: {folder}: this staged episode is damaged; delete the folder and rerun")
+    return len(episode.stamp)
+
+
+def _check_finite(values: np.ndarray, where: str) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        frame, dim = bad[0].tolist()
+        share = len(np.unique(bad[:, 0])) / len(values)
+        raise StoreError(f"E_VALUE: {where}[{dim}] is {values[frame, dim]} at frame {frame} ({share:.1%} of frames)")
+
+
+def _check_stamps(stamp: np.ndarray, control_hz: float, who: str) -> None:
+    steps = np.diff(stamp)
+    if np.any(steps <= 0):
+        frame = int(np.argmax(steps <= 0)) + 1
+        raise StoreError(
+            f"E_STAMP: {who}: stamps must increase: {stamp[frame - 1]} s, then {stamp[frame]} s at frame {frame}"
+        )
+    if len(steps) and abs(np.median(steps) * control_hz - 1) > 0.1:
+        raise StoreError(
+            f"E_STAMP: {who}: frames are {np.median(steps):.6g} s apart but control_hz {control_hz:g} means "
+            f"{1 / control_hz:.6g} s; resample the episode or correct the embodiment"
+        )
+
+
+# --- locks: flock for this host (a dead process holds nothing), host and pid for the others and for people
+
+
+def _lock(path: Path) -> int:
+    while True:
+        path.parent.mkdir(exist_ok=True)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another writer left and took the empty folder along
+            continue
+        owner = _read_owner(fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise _locked(path, owner) from None
+        if not _is_current(path, fd):  # its last owner removed it between our open and our lock
+            os.close(fd)
+            continue
+        owner = _read_owner(fd)
+        if owner and owner["host"] != socket.gethostname():
+            os.close(fd)
+            raise _locked(path, owner)
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, canonical_json({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        return fd
+
+
+def _unlock(fd: int, path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.close(fd)
+
+
+def _is_current(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _read_owner(fd: int) -> dict[str, Any]:
+    try:
+        return json.loads(os.pread(fd, 4096, 0))
+    except ValueError:
+        return {}
+
+
+def _locked(path: Path, owner: Mapping[str, Any]) -> StoreError:
+    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'this host')}"
+    return StoreError(
+        f"E_LOCKED: {who} writes here ({path}); wait for it, give this writer a name of its own, or, if that host is "
+        "gone, delete the lock file"
+    )
+
+
+# --- files
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise StoreError(f"E_SCHEMA: {path} is not JSON; restore it from a copy") from None
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomic(path, json.dumps(values, indent=2, sort_keys=True).encode())
+
+
+def _write_atomic(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        _flush(file)
+    partial.rename(path)
+    _sync(path.parent)
+
+
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def _hash_file(path: Path, sync: bool = False) -> tuple[int, str]:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest.hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder so that a kill on the way leaves a `.removed` one, not half of a good one."""
+    doomed = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def _require_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path).free
+    if free < needed + DISK_RESERVE:
+        raise StoreError(
+            f"E_NOSPACE: {path} needs {needed / 2**20:.0f} MiB and {DISK_RESERVE / 2**20:.0f} MiB in reserve, "
+            f"{free / 2**20:.0f} MiB are free; free some and rerun with --resume"
+        )
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StoreError(
+            f"E_NOSPACE: writing into {path} failed ({e.strerror}); finished episodes are intact, free some space and "
+            "rerun with --resume"
+        ) from None
