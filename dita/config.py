@@ -200,7 +200,6 @@ class EnvConfig:
     embodiment: str
     tasks: tuple[str, ...]
     max_steps: int
-    image_size: int  # [px] rendered
     fast_render: bool  # no shadows, multisampling or reflections: 4-9 times faster on a CPU
 
 
