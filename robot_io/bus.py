@@ -17,6 +17,12 @@ class Qos:
     depth: int
     lease_s: Optional[float]  # a writer's process that is silent for longer counts as gone; None: the middleware's own
 
+    def satisfies(self, requested: "Qos") -> bool:
+        """Return whether this offer is at least what is requested (DDS 1.4, table in 2.2.3)."""
+        forever = float("inf")
+        lease = (self.lease_s or forever) <= (requested.lease_s or forever)
+        return self.reliable >= requested.reliable and self.latched >= requested.latched and lease
+
     def __str__(self) -> str:
         lease = "" if self.lease_s is None else f", lease {self.lease_s} s"
         reliable = "reliable" if self.reliable else "best effort"

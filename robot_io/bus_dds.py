@@ -166,7 +166,7 @@ class DdsPublisher:
 
     def publish(self, message: Any) -> None:
         """Send one message."""
-        self.writer.write(self.sample(message))
+        self.writer.write(self.sample(message))  # pyright: ignore[reportCallIssue]
 
 
 class _Subscription:
@@ -287,7 +287,7 @@ class DdsBus:
         end = time.monotonic() + timeout_s
         while time.monotonic() < end and self._running.is_set():
             self.spin(min(0.02, timeout_s))
-            if any(w.type == type and _matches(w.qos, qos) for w in self.writers(topic)):
+            if any(w.type == type and w.qos.satisfies(qos) for w in self.writers(topic)):
                 return
         there = "; ".join(f"{w.node} offers {w.type} ({w.qos})" for w in self.writers(topic)) or "nobody offers it"
         nodes = sorted(set(self._nodes().values()) - {self.name})
@@ -358,13 +358,6 @@ def _ros_type(dds: str) -> str:
     return dds.replace("::dds_::", "/").replace("::", "/").rstrip("_")
 
 
-def _matches(offered: Qos, requested: Qos) -> bool:
-    """Return whether an offer is at least what is requested (DDS 1.4, table 2.2.3)."""
-    forever = float("inf")
-    lease = (offered.lease_s or forever) <= (requested.lease_s or forever)
-    return offered.reliable >= requested.reliable and offered.latched >= requested.latched and lease
-
-
 def loopback_check(timeout_s: float = 5.0, domain_id: int = 99) -> Optional[str]:
     """Exchange a message between two participants of this process.
 
@@ -376,10 +369,12 @@ def loopback_check(timeout_s: float = 5.0, domain_id: int = 99) -> Optional[str]
     except Exception as e:  # whatever the C library refuses: no loopback, no ports left
         return f"DDS cannot start on loopback: {e}"
     heard: List[str] = []
-    receiver.subscribe("/dita/check", "std_msgs/msg/String", STATE, lambda m: (heard.append(m.data), receiver.shutdown()))
+    receiver.subscribe("/dita/check", "std_msgs/msg/String", STATE, lambda m: heard.append(m.data))
     publisher = sender.publisher("/dita/check", "std_msgs/msg/String", STATE)
-    receiver.timer(0.02, lambda: publisher.publish(message("std_msgs/msg/String", data="hello")))
-    receiver.spin(timeout_s)
+    end = time.monotonic() + timeout_s
+    while not heard and time.monotonic() < end:
+        publisher.publish(message("std_msgs/msg/String", data="hello"))
+        receiver.spin(0.02)
     sender.close()
     receiver.close()
     return None if heard else f"no DDS message on loopback within {timeout_s:g} s: is UDP on 127.0.0.1 blocked?"

@@ -6,11 +6,12 @@ size, n chunk length, d dims.
 """
 
 import json
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 Msg = Callable[..., Any]
+Vector = Union[np.ndarray, Sequence[float]]
 
 IMAGE = "sensor_msgs/msg/Image"
 JOINT_STATE = "sensor_msgs/msg/JointState"
@@ -51,12 +52,12 @@ def _seconds(duration: Any) -> float:
     return duration.sec + duration.nanosec * 1e-9
 
 
-def _vector(msg: Msg, xyz: Sequence[float], type: str = "Vector3") -> Any:
+def _vector(msg: Msg, xyz: Vector, type: str = "Vector3") -> Any:
     x, y, z = (float(v) for v in xyz)
     return msg(f"geometry_msgs/msg/{type}", x=x, y=y, z=z)
 
 
-def _quaternion(msg: Msg, wxyz: Sequence[float]) -> Any:
+def _quaternion(msg: Msg, wxyz: Vector) -> Any:
     w, x, y, z = (float(v) for v in wxyz)
     return msg("geometry_msgs/msg/Quaternion", x=x, y=y, z=z, w=w)
 
@@ -108,12 +109,10 @@ def joints_from_ros(message: Any) -> Dict[str, float]:
     names = list(message.name)
     if len(set(names)) != len(names) or len(message.position) != len(names):
         raise ValueError(f"a joint state needs one position per unique name, got {names}, {list(message.position)}")
-    return {name: float(value) for name, value in zip(names, message.position)}
+    return {name: float(value) for name, value in zip(names, message.position, strict=True)}
 
 
-def pose_to_ros(
-    msg: Msg, stamp: float, position: Sequence[float], frame: str, quaternion: Sequence[float] = IDENTITY
-) -> Any:
+def pose_to_ros(msg: Msg, stamp: float, position: Vector, frame: str, quaternion: Vector = IDENTITY) -> Any:
     """Return a PoseStamped; position [m], quaternion wxyz."""
     pose = msg(
         "geometry_msgs/msg/Pose",
@@ -128,11 +127,11 @@ def pose_from_ros(message: Any) -> Tuple[np.ndarray, np.ndarray]:
     return _xyz(message.pose.position), _wxyz(message.pose.orientation)
 
 
-def _twist(msg: Msg, linear: Sequence[float], angular: Sequence[float] = (0.0, 0.0, 0.0)) -> Any:
+def _twist(msg: Msg, linear: Vector, angular: Vector = (0.0, 0.0, 0.0)) -> Any:
     return msg("geometry_msgs/msg/Twist", linear=_vector(msg, linear), angular=_vector(msg, angular))
 
 
-def twist_to_ros(msg: Msg, stamp: float, linear: Sequence[float], angular: Sequence[float], frame: str) -> Any:
+def twist_to_ros(msg: Msg, stamp: float, linear: Vector, angular: Vector, frame: str) -> Any:
     """Return a TwistStamped [m/s, rad/s], MoveIt Servo's input."""
     return msg(TWIST, header=_header(msg, stamp, frame), twist=_twist(msg, linear, angular))
 
@@ -218,7 +217,7 @@ def cartesian_chunk_to_ros(
     return msg(CARTESIAN_TRAJECTORY, header=_header(msg, stamp, frame), joint_names=[name], points=points)
 
 
-def _transform(msg: Msg, position: Sequence[float]) -> Any:
+def _transform(msg: Msg, position: Vector) -> Any:
     rotation = _quaternion(msg, IDENTITY)
     return msg("geometry_msgs/msg/Transform", translation=_vector(msg, position), rotation=rotation)
 
