@@ -1,0 +1,177 @@
+"""A store as windows: every (episode, step) is one, with the masks and spacing of its embodiment."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from dita.datasets.store import Store, StoreError
+from dita.datasets.windows import PadEnd, action_rows, compose_actions, observation_frames, strides
+from dita.types import Window
+
+SHOTS = 0x53484F54  # purpose of the random numbers of `shots`
+
+
+class WindowDataset:
+    """Windows of the chosen episodes, in order: episode by episode, step by step."""
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        n_obs_steps: int,
+        chunk_size: int,
+        pad_end: PadEnd,
+        past_action_slots: int = 0,
+        cache: Literal["mmap", "ram"] = "mmap",
+        episodes: Sequence[int] | None = None,
+    ) -> None:
+        """Choose how windows are cut.
+
+        Args:
+            store: frames at 1/control_hz; obs_dt and action_dt of its embodiment must be multiples of that.
+            n_obs_steps: observation frames, obs_dt apart, the last one now.
+            chunk_size: actions from now on, action_dt apart.
+            pad_end: actions past the episode's end are invalid ("mask") or hold still ("hold").
+            past_action_slots: actions before now, in front of the chunk.
+            cache: "mmap" reads and checks frames each time; "ram" decodes all of them once into a file in the
+                temporary folder that every process maps (the page cache keeps it in memory).
+            episodes: numbers of the episodes to use; None: all.
+
+        Raises:
+            ValueError: a dt is no multiple, or an episode does not exist.
+            StoreError: E_NOSPACE: no room for cache="ram".
+        """
+        self.store = store
+        self.episodes = tuple(range(len(store.episodes)) if episodes is None else episodes)
+        _check_episodes(store, self.episodes)
+        self._sizes = (n_obs_steps, chunk_size, past_action_slots)
+        self._pad_end: PadEnd = pad_end
+        self._obs_stride, self._action_stride = strides(store.spec)
+        self._ends = np.cumsum([store.length(e) for e in self.episodes], dtype=np.int64)
+        self._composed: dict[int, np.ndarray] = {}
+        self._cache = _FrameCache(store, self.episodes) if cache == "ram" else None
+
+    def __len__(self) -> int:
+        """Return the number of windows: one per frame."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Window:
+        """Cut window `index`.
+
+        Raises:
+            IndexError: there is no such window.
+            StoreError: a frame is missing or damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        place = int(np.searchsorted(self._ends, index, side="right"))
+        episode = self.episodes[place]
+        length = self.store.length(episode)
+        step = index - int(self._ends[place]) + length
+        n_obs_steps, chunk_size, past = self._sizes
+        frames, frame_valid = observation_frames(step, n_obs_steps, self._obs_stride)
+        rows, step_valid = action_rows(length, step, chunk_size, self._action_stride, self._pad_end, past)
+        return Window(
+            images={c.name: self._read(episode, c.name, frames.tolist()) for c in self.store.spec.cameras},
+            frame_valid=frame_valid,
+            state=self.store.state(episode)[frames],
+            instruction=self.store.episodes[episode].instruction,
+            embodiment=self.store.spec.name,
+            stamp=float(self.store.stamp(episode)[step]),
+            actions=self._actions(episode)[rows],
+            step_valid=step_valid,
+        )
+
+    def _read(self, episode: int, camera: str, frames: list[int]) -> UInt8[np.ndarray, "t h w 3"]:
+        if self._cache is not None:
+            return self._cache.read(episode, camera, frames)
+        return self.store.read_frames(episode, camera, frames)
+
+    def _actions(self, episode: int) -> Float32[np.ndarray, "m+1 a"]:
+        if episode not in self._composed:
+            actions = self.store.action(episode)
+            self._composed[episode] = compose_actions(actions, self._action_stride, self.store.spec.action)
+        return self._composed[episode]
+
+
+class _FrameCache:
+    """Decoded frames of some episodes in one file per camera, which worker processes map rather than copy."""
+
+    def __init__(self, store: Store, episodes: Sequence[int]) -> None:
+        lengths = [store.length(e) for e in episodes]
+        self._first = dict(zip(episodes, np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
+        self._shapes = {c.name: (sum(lengths), c.height, c.width, 3) for c in store.spec.cameras}
+        needed, free = sum(map(np.prod, self._shapes.values())), shutil.disk_usage(tempfile.gettempdir()).free
+        if needed > free:
+            raise StoreError(
+                f"E_NOSPACE: data.cache=ram needs {needed / 2**30:.1f} GiB in {tempfile.gettempdir()}, "
+                f"{free / 2**30:.1f} GiB are free; set TMPDIR or use data.cache=mmap"
+            )
+        self._folder = Path(tempfile.mkdtemp(prefix="dita-frames-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # only the process that made it
+        for camera, shape in self._shapes.items():
+            frames = np.memmap(self._folder / camera, np.uint8, "w+", shape=shape)
+            for episode, first in self._first.items():
+                length = store.length(episode)
+                frames[first : first + length] = store.read_frames(episode, camera, range(length))
+        self._map()
+
+    def read(self, episode: int, camera: str, frames: list[int]) -> UInt8[np.ndarray, "t h w 3"]:
+        """Return frames of an episode by their index in it."""
+        first = self._first[episode]
+        return self._frames[camera][[first + i for i in frames]]
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_frames"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self._map()
+
+    def _map(self) -> None:
+        self._frames = {
+            camera: np.asarray(np.memmap(self._folder / camera, np.uint8, "r", shape=shape))
+            for camera, shape in self._shapes.items()
+        }
+
+
+def shots(store: Store, k: int, seed: int) -> tuple[int, ...]:
+    """Choose k episodes, the same ones for a seed; fewer shots are a subset of more.
+
+    Raises:
+        ValueError: the store has fewer than k episodes, or k < 1.
+    """
+    if not 1 <= k <= len(store.episodes):
+        raise ValueError(f"{store.path} has {len(store.episodes)} episodes, asked for {k} shots")
+    return tuple(sorted(np.random.default_rng([seed, SHOTS]).permutation(len(store.episodes))[:k].tolist()))
+
+
+def iter_low_dim(
+    store: Store, episodes: Iterable[int] | None = None
+) -> Iterator[tuple[Float32[np.ndarray, "m s"], Float32[np.ndarray, "m a"]]]:
+    """Yield (state, action) of the chosen episodes as training sees them: actions composed to action_dt.
+
+    Raises:
+        ValueError: an episode does not exist, or a dt is no multiple of the store's.
+    """
+    chosen = tuple(range(len(store.episodes)) if episodes is None else episodes)
+    _check_episodes(store, chosen)
+    _, stride = strides(store.spec)
+    for episode in chosen:
+        yield store.state(episode), compose_actions(store.action(episode), stride, store.spec.action)[:-1]
+
+
+def _check_episodes(store: Store, episodes: Sequence[int]) -> None:
+    wrong = [e for e in episodes if not 0 <= e < len(store.episodes)]
+    if wrong or not episodes or len(set(episodes)) != len(episodes):
+        raise ValueError(
+            f"{store.path} has episodes 0..{len(store.episodes) - 1}; name each wanted one once, got {list(episodes)}"
+        )
