@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from dita.config import EnvConfig
@@ -23,18 +24,36 @@ def make(config: EnvConfig, task: str) -> RobotEnv:
     Raises:
         ValueError: unknown suite, task or embodiment (with what exists), or no OpenGL backend works.
     """
-    if config.suite not in SUITES:
-        raise ValueError(f"unknown suite {config.suite!r}; {suggest(config.suite, SUITES)}")
+    return _suite(config.suite).make(config, task)
+
+
+def check_tasks(config: EnvConfig) -> None:
+    """Refuse unknown suites and tasks, and a machine that cannot render, before anything is written or started.
+
+    Raises:
+        ValueError: with what exists, or with what to install.
+    """
+    known = _suite(config.suite).TASKS
+    for task in config.tasks:
+        expect_known("task", task, known)
+    if not config.tasks or len(set(config.tasks)) < len(config.tasks):
+        raise ValueError(f"env.tasks must name at least one task, none twice; got {list(config.tasks)}")
+
+
+def expect_known(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise a ValueError that says the nearest names, or all, unless `name` is among `known`."""
+    names = sorted(known)
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? ({len(names)} exist)" if near else f"there are: {', '.join(names)}"
+    raise ValueError(f"unknown {kind} {name!r}; {hint}")
+
+
+def _suite(name: str) -> ModuleType:
+    expect_known("suite", name, SUITES)
     gl.select_backend()
     try:
-        module = importlib.import_module(SUITES[config.suite])
+        return importlib.import_module(SUITES[name])
     except ModuleNotFoundError as e:
-        raise ValueError(f"suite {config.suite} needs the package {e.name}: pip install 'dita[sim-core]'") from None
-    return module.make(config, task)
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Say which names exist, the nearest ones first."""
-    names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}? All: {', '.join(names)}" if near else f"there are: {', '.join(names)}"
+        raise ValueError(f"suite {name} needs the package {e.name}: pip install 'dita[sim-core]'") from None

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, UInt8
 
 from dita.types import EmbodimentSpec, FieldSpec, RawObservation
+
+RENDER_SIZE = 256  # [px]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}  # pyright: ignore
     render_mode = "rgb_array"
 
+    suite: str  # key of dita.envs.SUITES
     embodiment: EmbodimentSpec
     tasks: tuple[str, ...]  # all that the suite has
     task: str
@@ -47,8 +50,8 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
     success: bool = False
     start_hash: str = ""  # SHA-256 of the simulator's state after reset
 
-    def __init__(self, embodiment: EmbodimentSpec, tasks: tuple[str, ...], max_steps: int) -> None:
-        self.embodiment, self.tasks, self.max_steps = embodiment, tasks, max_steps
+    def __init__(self, suite: str, embodiment: EmbodimentSpec, tasks: tuple[str, ...], max_steps: int) -> None:
+        self.suite, self.embodiment, self.tasks, self.max_steps = suite, embodiment, tasks, max_steps
         self.observation_space = spaces.Dict({"state": _box(embodiment.state)})
         self.action_space = _box(embodiment.action)
         self.scale = np.repeat([f.scale for f in embodiment.action], [f.size for f in embodiment.action])
@@ -63,9 +66,14 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
     def commanded_position(self) -> Float64[np.ndarray, "3"]:
         """Last commanded tool position [m, base frame]: what a delta with reference `commanded` adds to."""
 
+    @property
     @abc.abstractmethod
-    def observe(self) -> RawObservation:
-        """Render the embodiment's cameras and return them with the state of this instant."""
+    def state(self) -> Float32[np.ndarray, "s"]:
+        """The embodiment's state fields of this instant, SI."""
+
+    @abc.abstractmethod
+    def picture(self, camera: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Render a camera of the suite, RGB, right side up; physics does not notice."""
 
     @abc.abstractmethod
     def expert_action(self) -> Float32[np.ndarray, "a"]:
@@ -87,9 +95,14 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
     def set_state(self, state: SimState) -> None:
         """Restore a saved state, of this or of another instance; what follows is bit-equal."""
 
-    def render(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the first camera's picture, uint8 [h w 3]."""
-        return np.asarray(self.observe().images[self.embodiment.cameras[0].name])
+    def observe(self) -> RawObservation:
+        """Render the embodiment's cameras and return them with the state of this instant."""
+        images = {c.name: self.picture(c.name, c.height, c.width) for c in self.embodiment.cameras}
+        return RawObservation(images, self.state, self.instruction, self.stamp)
+
+    def render(self) -> UInt8[np.ndarray, "h w 3"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return the first camera's view at a size for people."""
+        return self.picture(self.embodiment.cameras[0].name, RENDER_SIZE, RENDER_SIZE)
 
     def source_action(self, action: Float32[np.ndarray, "a"]) -> Float64[np.ndarray, "a"]:
         """Check an SI action, clip it to the limits and convert it to the source's own units.

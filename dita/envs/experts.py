@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float64
 from metaworld.policies import ENV_POLICY_MAP
 
+from dita.envs import expect_known
+
 Expert = Callable[[np.ndarray], np.ndarray]
 
 
@@ -18,8 +20,7 @@ def metaworld_expert(task: str) -> Expert:
     Raises:
         ValueError: the task has no expert.
     """
-    if task not in ENV_POLICY_MAP:
-        raise ValueError(f"task {task!r} has no scripted expert; there are: {', '.join(sorted(ENV_POLICY_MAP))}")
+    expect_known("scripted expert", task, ENV_POLICY_MAP)
     policy = ENV_POLICY_MAP[task]()
 
     def act(full_observation: Float64[np.ndarray, "39"]) -> Float64[np.ndarray, "4"]:

@@ -16,10 +16,10 @@ from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 from dita.config import EnvConfig
 from dita.embodiment import load_embodiment
-from dita.envs import suggest
+from dita.envs import expect_known
 from dita.envs.base import RobotEnv, SimState
 from dita.envs.experts import metaworld_expert
-from dita.types import EmbodimentSpec, RawObservation
+from dita.types import EmbodimentSpec
 
 INSTRUCTIONS = {
     "assembly-v3": "put the ring onto the peg",
@@ -91,14 +91,13 @@ class MetaWorldEnv(RobotEnv):
     """
 
     def __init__(self, embodiment: EmbodimentSpec, task: str, max_steps: int, fast_render: bool = True) -> None:
-        super().__init__(embodiment, TASKS, max_steps)
+        super().__init__("metaworld", embodiment, TASKS, max_steps)
         self.fast_render = fast_render
         self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
         self._load(task)
 
     def _load(self, task: str) -> None:
-        if task not in ALL_V3_ENVIRONMENTS:
-            raise ValueError(f"unknown Meta-World task {task!r}; {suggest(task, TASKS)}")
+        expect_known("task", task, TASKS)
         self.close()
         self.task, self.instruction = task, INSTRUCTIONS[task]
         self._env: SawyerXYZEnv = ALL_V3_ENVIRONMENTS[task]()
@@ -113,11 +112,7 @@ class MetaWorldEnv(RobotEnv):
             self._env.model.vis.quality.shadowsize = 0
         cameras = [self._env.model.camera(i).name for i in range(self._env.model.ncam)]
         for camera in self.embodiment.cameras:
-            if camera.name not in cameras:
-                raise ValueError(
-                    f"embodiment {self.embodiment.name}: {task} has no camera {camera.name!r}; "
-                    f"{suggest(camera.name, cameras)}"
-                )
+            expect_known(f"camera of {task}", camera.name, cameras)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -141,7 +136,7 @@ class MetaWorldEnv(RobotEnv):
         self._expert = metaworld_expert(self.task)
         self.steps, self.success = 0, False
         self.start_hash = self._hash()
-        return self._observation(), self._info()
+        return {"state": self.state}, self._info()
 
     def _place(self) -> None:
         # Meta-World ignores reset(seed). Let the task draw from our generator first (some tasks reject starts until
@@ -158,21 +153,22 @@ class MetaWorldEnv(RobotEnv):
         self._full, reward, _, _, info = self._env.step(self.source_action(action))  # pyright: ignore
         self.steps += 1
         self.success |= bool(info["success"])
-        return self._observation(), float(reward), self.success, self.steps >= self.max_steps, self._info()
+        return {"state": self.state}, float(reward), self.success, self.steps >= self.max_steps, self._info()
 
     @property
     def commanded_position(self) -> Float64[np.ndarray, "3"]:
         """Position of the mocap body [m]."""
         return self._env.data.mocap_pos[0].copy()
 
-    def observe(self) -> RawObservation:
-        """Render the embodiment's cameras, right side up."""
+    @property
+    def state(self) -> Float32[np.ndarray, "4"]:
+        """Hand position [m] and gripper opening: the rest of Meta-World's observation is object and goal."""
+        return self._full[:4].astype(np.float32)
+
+    def picture(self, camera: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Render one of Meta-World's cameras, right side up."""
         for site in self._env._target_site_config:  # stepping puts the goal's marker back where the model has it
             self._env._set_pos_site(*site)
-        images = {c.name: self._picture(c.name, c.height, c.width) for c in self.embodiment.cameras}
-        return RawObservation(images, self._observation()["state"], self.instruction, self.stamp)
-
-    def _picture(self, camera: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
         if (height, width) not in self._renderers:
             self._renderers[height, width] = mujoco.Renderer(self._env.model, height, width)
         renderer = self._renderers[height, width]
@@ -223,9 +219,6 @@ class MetaWorldEnv(RobotEnv):
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()
-
-    def _observation(self) -> dict[str, Any]:
-        return {"state": self._full[:4].astype(np.float32)}
 
     def _info(self) -> dict[str, Any]:
         return {"success": self.success, "warnings": self.warnings(), "start_hash": self.start_hash}
