@@ -161,7 +161,9 @@ def verify_folder(folder: Path) -> None:
 def check_device(device: str) -> None:
     """Raise ValueError if a torch device is not there."""
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} asked for, but torch {torch.__version__} sees no CUDA device; use device=cpu")
+        raise ValueError(
+            f"device {device!r} asked for, but torch {torch.__version__} sees no CUDA device; use device=cpu"
+        )
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -1,4 +1,4 @@
-"""The command line, and the only import of Hydra: argparse owns verb, positionals and flags, Hydra's compose the rest."""
+"""The command line, and the only import of Hydra: argparse owns verb, positionals and flags, compose the rest."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "Train a policy on one or more stores.", """
         dita train experiment=demo data.stores=[{path:data/demo.zarr,weight:1}] run=outputs/train/demo
         dita train experiment=demo data.stores=[{path:data/demo.zarr,weight:1}] run=outputs/train/demo --resume
-        dita train policy=dita_tiny diffusion.objective=behaviour_cloning data.stores=[...] seed=1""", True)  # fmt: skip
+        dita train policy=dita_tiny diffusion.objective=behaviour_cloning data.stores=[...]""", True)  # fmt: skip
     _add_exist(train)
     evaluate = verb("eval", _eval, "Evaluate a checkpoint in simulation, with intervals and videos.", """
         dita eval outputs/train/demo out=outputs/eval/demo

@@ -61,7 +61,9 @@ def _run_step(console: Console, out: Path, name: str, arguments: list[str]) -> N
     # a process each: OpenGL, threads and memory of one step do not weigh on the next
     code = subprocess.run([sys.executable, "-m", "dita.cli", *arguments], env=dict(os.environ)).returncode
     if code != 0:
-        raise RuntimeError(f"step {name} failed with exit code {code}; fix its cause and run the demo again: it continues")
+        raise RuntimeError(
+            f"step {name} failed with exit code {code}; fix its cause and run the demo again: it continues"
+        )
     write_json(out / "times.json", times | {name: {"command": arguments, "seconds": time.monotonic() - began}})
 
 

@@ -50,9 +50,9 @@ class _Running:
         return FieldStats(self.count, *(tuple(float(v) for v in value) for value in values))
 
 
-def fit(spec: EmbodimentSpec, episodes: Iterable[tuple[Float32[np.ndarray, "m s"], Float32[np.ndarray, "m a"]]]) -> (
-    NormStats
-):
+def fit(
+    spec: EmbodimentSpec, episodes: Iterable[tuple[Float32[np.ndarray, "m s"], Float32[np.ndarray, "m a"]]]
+) -> NormStats:
     """Compute statistics in one pass over (state, action) arrays of episodes.
 
     Raises:
@@ -93,6 +93,7 @@ class Normalizer:
     def __init__(self, group: str, fields: tuple[FieldSpec, ...], stats: NormStats, method: Method) -> None:
         """Raises KeyError if a field has no statistics, ValueError if they have another size."""
         dims = sum(f.size for f in fields)
+        self.names = ", ".join(f"{group}.{f.name}[{f.size}]" for f in fields)
         self.center, self.spread = np.zeros(dims, np.float32), np.ones(dims, np.float32)
         self.constant: Bool[np.ndarray, "d"] = np.zeros(dims, bool)
         for field, here, _ in slices(fields):
@@ -109,7 +110,13 @@ class Normalizer:
             self.spread[here] = np.where(spread < NO_SPREAD, 1.0, spread)
 
     def apply(self, x: Float32[np.ndarray, "... d"]) -> Float32[np.ndarray, "... d"]:
-        """Normalise; values outside the statistics stay outside [-1, 1]: nothing is clipped."""
+        """Normalise; values outside the statistics stay outside [-1, 1]: nothing is clipped.
+
+        Raises:
+            ValueError: the last axis is not d.
+        """
+        if x.shape[-1] != len(self.center):
+            raise ValueError(f"got {x.shape[-1]} values but the embodiment has {len(self.center)}: {self.names}")
         return np.where(self.constant, 0.0, (x - self.center) / self.spread).astype(np.float32)
 
     def invert(self, x: Float32[np.ndarray, "... d"]) -> Float32[np.ndarray, "... d"]:

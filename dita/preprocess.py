@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -152,7 +153,7 @@ class Preprocessor:
         if not 1 <= len(history) <= self.frames:
             raise ValueError(f"history has {len(history)} observations, the policy takes 1..{self.frames}")
         stamps = [o.stamp for o in history]
-        if any(b <= a for a, b in zip(stamps, stamps[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(stamps)):
             raise ValueError(f"stamps of a history must rise, got {stamps}")
         missing = self.frames - len(history)
         full = [history[0]] * missing + list(history)

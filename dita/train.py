@@ -77,7 +77,7 @@ def build_policy(config: TrainConfig, stores: Sequence[Store], episodes: Sequenc
     torch.manual_seed(_seed(config.seed, INIT, 0))
     policy = DitaPolicy(config.policy, config.diffusion, build_contract(config, stores, episodes))
     if config.policy.vision.pretrained is not None:
-        policy.model.vision.load_pretrained(config.policy.vision.pretrained)
+        policy.model.vision.load_patches(config.policy.vision.pretrained)
     return policy.to(config.device)
 
 
@@ -348,7 +348,11 @@ class _Log:
         self.file = (run / "log.jsonl").open("a")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
         self.bar = Progress(
-            TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[line]}")
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"),
         )
         self.task = self.bar.add_task("train", total=config.steps, completed=start, line="")
         self.sums: dict[str, float] = {}
@@ -377,10 +381,8 @@ class _Log:
         for key, value in mean.items():
             self.board.add_scalar(f"train/{key}", value, step)
         share = mean["data_s"] / (mean["data_s"] + mean["update_s"])
-        self.bar.update(
-            self.task,
-            line=f"loss {mean['loss']:.4f}  lr {mean['lr']:.1e}  {mean['samples_per_s']:.0f} samples/s  data {share:.0%}",
-        )
+        speed = f"{mean['samples_per_s']:.0f} samples/s  data {share:.0%}"
+        self.bar.update(self.task, line=f"loss {mean['loss']:.4f}  lr {mean['lr']:.1e}  {speed}")
         self.sums, self.count = {}, 0
 
 

@@ -7,7 +7,7 @@ Shape legend: b instructions, l tokens, d width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dita.config import LanguageConfig
-from dita.policy.transformer import Block, causal_mask, rope_tables
+from dita.policy.transformer import Block, rope_tables
 
 BYTES_PER_TOKEN = 4
 Tokenize = Callable[[str], tuple[Int[np.ndarray, "l"], Bool[np.ndarray, "l"]]]
@@ -55,7 +55,9 @@ def _tokenize_pretrained(config: LanguageConfig) -> Tokenize:
     def tokenize(instruction: str) -> tuple[np.ndarray, np.ndarray]:
         ids = encode(instruction, padding="max_length", max_length=config.max_tokens)["input_ids"]
         if len(ids) > config.max_tokens:
-            raise ValueError(f"instruction has {len(ids)} tokens, the policy takes {config.max_tokens}: {instruction!r}")
+            raise ValueError(
+                f"instruction has {len(ids)} tokens, the policy takes {config.max_tokens}: {instruction!r}"
+            )
         # all positions are used, padding included: what the published model was trained with
         return np.asarray(ids, np.int64), np.ones(config.max_tokens, bool)
 
@@ -65,10 +67,14 @@ def _tokenize_pretrained(config: LanguageConfig) -> Tokenize:
 class ByteEncoder(nn.Module):
     """Bytes, four to a token, one or more bidirectional blocks: [b 4l] -> [b l d]."""
 
+    blocks: Sequence[Block]
+
     def __init__(self, config: LanguageConfig, dim: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(257, dim // BYTES_PER_TOKEN)
-        self.blocks = nn.ModuleList(Block(dim, max(1, dim // 64), 2 * dim) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(  # pyright: ignore
+            Block(dim, max(1, dim // 64), 2 * dim) for _ in range(config.layers)
+        )
         self.norm = nn.LayerNorm(dim)
 
     def forward(

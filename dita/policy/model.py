@@ -94,7 +94,7 @@ class DitaModel(nn.Module):
 
         slot_valid: False for slots past an episode's end; they are never attended to.
         """
-        b, k, n, _ = x.shape
+        _, k, n, _ = x.shape
         u = self.action(x) if self.action else nn.functional.pad(x, (0, self.config.dim - x.shape[-1]))  # [b k n d]
         tau = timestep_embedding(t, self.config.dim).to(u.dtype)  # [b k d]
         tokens = torch.cat([tau[:, :, None], u], dim=2).flatten(1, 2)  # [b k(1+n) d]

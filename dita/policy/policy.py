@@ -24,6 +24,8 @@ from dita.types import ActionChunk, EmbodimentSpec, RawObservation
 class DitaPolicy(nn.Module):
     """A generalist diffusion policy over the embodiments of its contract; stateless between calls."""
 
+    dim_valid: Tensor
+
     def __init__(
         self,
         config: PolicyConfig,

@@ -7,6 +7,7 @@ keys and values: training, eager inference and the cached fast path are the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,10 +102,12 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """A stack of blocks over [prefix; new tokens]; masks say True = may attend."""
 
+    blocks: Sequence[Block]
+
     def __init__(self, dim: int, layers: int, heads: int, ffn_dim: int) -> None:
         super().__init__()
         self.head_dim = dim // heads
-        self.blocks = nn.ModuleList(Block(dim, heads, ffn_dim) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, heads, ffn_dim) for _ in range(layers))  # pyright: ignore
         self.norm = RMSNorm(dim)
 
     def extend(

@@ -5,6 +5,8 @@ Shape legend: n frames, p patches, q visual tokens, d width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
@@ -62,10 +64,12 @@ class QFormerLayer(nn.Module):
 class QFormer(nn.Module):
     """Learned queries read a frame's patches: [n p d] -> [n q d]."""
 
+    layers: Sequence[QFormerLayer]
+
     def __init__(self, dim: int, tokens: int, layers: int, heads: int, film: bool) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(tokens, dim) * 0.02)
-        self.layers = nn.ModuleList(QFormerLayer(dim, heads, film) for _ in range(layers))
+        self.layers = nn.ModuleList(QFormerLayer(dim, heads, film) for _ in range(layers))  # pyright: ignore
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, patches: Float[Tensor, "n p d"], c: Float[Tensor, "n d"]) -> Float[Tensor, "n q d"]:
@@ -134,7 +138,7 @@ class DinoPatches(nn.Module):
         from transformers import Dinov2WithRegistersModel
 
         try:
-            loaded, info = Dinov2WithRegistersModel.from_pretrained(source, output_loading_info=True)
+            loaded, info = Dinov2WithRegistersModel.from_pretrained(source, output_loading_info=True)  # pyright: ignore
         except OSError as e:
             raise ValueError(
                 f"no DINOv2 weights at {source!r} ({str(e).splitlines()[0]}); give policy.vision.pretrained the folder "
@@ -150,6 +154,9 @@ class DinoPatches(nn.Module):
 
 class VisualTokenizer(nn.Module):
     """uint8 frames and the instruction's mean -> visual tokens; the normalisation of pixels is its first op."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: VisionConfig, dim: int) -> None:
         super().__init__()
@@ -169,6 +176,16 @@ class VisualTokenizer(nn.Module):
     def tokens(self) -> int:
         """Visual tokens q per frame."""
         return self.config.tokens
+
+    def load_patches(self, source: str) -> None:
+        """Load pretrained patch features; see `DinoPatches.load_pretrained`.
+
+        Raises:
+            ValueError: this tokenizer trains its own patches.
+        """
+        if not isinstance(self.patches, DinoPatches):
+            raise ValueError(f"policy.vision.pretrained={source!r} needs vision.kind=dinov2_qformer")
+        self.patches.load_pretrained(source)
 
     def forward(self, images: UInt8[Tensor, "n 3 h w"], c: Float[Tensor, "n d"]) -> Float[Tensor, "n q d"]:
         x = (images.to(c.dtype) / 255 - self.mean) / self.std  # [n 3 h w]

@@ -1,0 +1,29 @@
+# make demo | test | lint | bench | evidence; the first call creates .venv from pyproject.toml and constraints.txt
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint evidence clean
+
+demo: $(VENV)/.installed  ## the main job, end to end; an interrupted one continues
+	@$(BIN)/dita env --setup
+	@$(BIN)/dita demo
+
+test: $(VENV)/.installed
+	@$(BIN)/dita env --setup
+	$(BIN)/pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+evidence: $(VENV)/.installed  ## hours: three training seeds, baselines, multitask; resumes; writes docs/evidence
+	@$(BIN)/python docs/evidence/make.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Dita needs Python 3.11 or 3.12 with venv: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim-core,robot,convert,dev]'
+	@touch $@

@@ -1,0 +1,337 @@
+"""The network and its objective: causality, masks, packing, caching, parity with diffusers, learning, saving."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import contract_of, diffusion_config, make_history, make_policy, make_stats, make_window, policy_config
+
+from dita.batch import Batch
+from dita.checkpoint import load_policy, save_policy
+from dita.embodiment import embodiment_from_dict
+from dita.policy.diffusion import Diffusion, masked_mse
+from dita.policy.model import timestep_embedding
+from dita.policy.transformer import Trunk, block_mask, causal_mask
+from dita.preprocess import Contract
+
+
+def batch_of(policy, windows) -> Batch:
+    return policy.preprocessor.batch(windows)
+
+
+def test_prefix_then_suffix_equals_one_pass() -> None:
+    torch.manual_seed(0)
+    trunk = Trunk(32, 3, 2, 48)
+    x = torch.randn(2, 9, 32)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    empty = trunk.extend(x[:, :0], valid[:, :0], causal_mask(0, x.device), None)
+    whole = trunk(x, torch.arange(9), valid, causal_mask(9, x.device), empty)
+    prefix = trunk.extend(x[:, :3], valid[:, :3], causal_mask(3, x.device), None)
+    prefix = trunk.extend(x[:, 3:5], valid[:, 3:5], causal_mask(2, x.device), prefix)
+    rest = trunk(x[:, 5:], torch.arange(5, 9), valid[:, 5:], causal_mask(4, x.device), prefix)
+    torch.testing.assert_close(rest, whole[:, 5:], atol=1e-5, rtol=0)
+
+
+def test_rope_depends_on_differences_only() -> None:
+    torch.manual_seed(0)
+    trunk = Trunk(32, 2, 2, 48)
+    x, valid = torch.randn(1, 4, 32), torch.ones(1, 4, dtype=torch.bool)
+    empty = trunk.extend(x[:, :0], valid[:, :0], causal_mask(0, x.device), None)
+    a = trunk(x, torch.arange(4) * 0.5, valid, causal_mask(4, x.device), empty)
+    b = trunk(x, torch.arange(4) * 0.5 + 7.25, valid, causal_mask(4, x.device), empty)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_packed_noise_samples_equal_separate_passes(spec, attention) -> None:
+    policy = make_policy(spec, action_attention=attention)
+    batch = batch_of(policy, [make_window(spec, 0), make_window(spec, 1)])
+    slots = batch.action_valid.any(-1)
+    x, t = torch.randn(2, 3, 6, 7), torch.tensor([[5, 50, 99], [0, 1, 2]])
+
+    def gradient(packed: bool):
+        policy.zero_grad()
+        context = policy.model.context(batch.observation)
+        if packed:
+            out = policy.model.denoise(x, t, context, slots)
+        else:
+            parts = [policy.model.denoise(x[:, i : i + 1], t[:, i : i + 1], context, slots) for i in range(3)]
+            out = torch.cat(parts, dim=1)
+        out.square().mean().backward()
+        return out.detach(), {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
+
+    (out_a, grad_a), (out_b, grad_b) = gradient(True), gradient(False)
+    torch.testing.assert_close(out_a, out_b, atol=1e-5, rtol=0)
+    assert grad_a.keys() == grad_b.keys()
+    scale = max(g.abs().max() for g in grad_a.values())
+    assert max((grad_a[n] - grad_b[n]).abs().max() for n in grad_a) <= 1e-5 * scale
+
+
+def test_action_slots_are_causal_or_not(spec) -> None:
+    for attention, reaches_back in (("causal", False), ("bidirectional", True)):
+        policy = make_policy(spec, action_attention=attention)
+        observation = batch_of(policy, [make_window(spec, 0)]).observation
+        context = policy.model.context(observation)
+        x, t, slots = torch.randn(1, 1, 6, 7), torch.tensor([[10]]), torch.ones(1, 6, dtype=torch.bool)
+        changed = x.clone()
+        changed[0, 0, -1] += 1
+        a, b = (policy.model.denoise(y, t, context, slots) for y in (x, changed))
+        assert (not torch.equal(a[:, :, :-1], b[:, :, :-1])) == reaches_back
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_masked_values_move_neither_loss_nor_outputs(spec, attention) -> None:
+    policy = make_policy(spec, action_attention=attention)
+    steps = np.array([True, True, True, True, False, False])
+    window = make_window(spec, 0, step_valid=steps)
+    batch = batch_of(policy, [window])
+
+    def loss_of(b: Batch) -> float:
+        return policy.loss(b, 2, torch.Generator().manual_seed(1)).item()
+
+    garbage = torch.where(batch.action_valid, batch.actions, torch.full_like(batch.actions, 77.0))
+    assert loss_of(dataclasses.replace(batch, actions=garbage)) == loss_of(batch)
+    # an invalid first frame: its pixels must not matter
+    hidden = dataclasses.replace(window, frame_valid=np.array([False, True]))
+    dark = dataclasses.replace(
+        hidden, images={"cam0": hidden.images["cam0"] * np.array([0, 1], np.uint8)[:, None, None, None]}
+    )
+    assert loss_of(batch_of(policy, [hidden])) == loss_of(batch_of(policy, [dark]))
+    assert loss_of(batch_of(policy, [hidden])) != loss_of(batch)
+
+
+def test_a_batch_row_does_not_see_another_row(spec) -> None:
+    policy = make_policy(spec).eval()
+    windows = [make_window(spec, 0), make_window(spec, 1, instruction="open the drawer"), make_window(spec, 2)]
+    noise = torch.randn(3, 1, 6, 7)
+    together = policy.sample(policy.preprocessor.observe(windows), noise, 4)
+    alone = [policy.sample(policy.preprocessor.observe([w]), noise[i : i + 1], 4) for i, w in enumerate(windows)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+def test_ddim_equals_diffusers(kind, spacing, schedule) -> None:
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    config = diffusion_config(prediction_type=kind, timestep_spacing=spacing, beta_schedule=schedule)
+    ours = Diffusion(config)
+    peer = DDIMScheduler(
+        num_train_timesteps=100, beta_start=1e-4, beta_end=0.02, beta_schedule=schedule, prediction_type=kind,
+        timestep_spacing=spacing, clip_sample=True, clip_sample_range=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    noise = torch.randn(2, 1, 5, 7)
+
+    def predict(x, t):  # any smooth function will do
+        return torch.tanh(x * 1.3 + t.float()[..., None, None] / 100)
+
+    for steps in (1, 5, 10, 7):
+        peer.set_timesteps(steps)
+        y = noise
+        for t in peer.timesteps:
+            y = peer.step(predict(y, torch.full((2, 1), int(t))), t, y).prev_sample
+        x = ours.sample(predict, noise, torch.ones(2, 7, dtype=torch.bool), steps)
+        torch.testing.assert_close(x, y, atol=2e-5, rtol=1e-5)
+
+
+def test_noising_equals_diffusers() -> None:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    ours = Diffusion(diffusion_config(prediction_type="v_prediction"))
+    peer = DDPMScheduler(100, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    x0, noise, t = torch.randn(4, 3, 5, 7), torch.randn(4, 3, 5, 7), torch.randint(100, (4, 3))
+    flat = (x0.flatten(0, 1), noise.flatten(0, 1), t.flatten())
+    torch.testing.assert_close(ours.add_noise(x0, noise, t).flatten(0, 1), peer.add_noise(*flat))
+    torch.testing.assert_close(ours.target(x0, noise, t).flatten(0, 1), peer.get_velocity(*flat))
+
+
+def test_zero_terminal_snr_needs_another_prediction() -> None:
+    with pytest.raises(ValueError, match="zero_terminal_snr"):
+        diffusion_config(zero_terminal_snr=True)
+    table = Diffusion(diffusion_config(zero_terminal_snr=True, prediction_type="v_prediction")).alphas_cumprod
+    assert float(table[-1]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_timestep_embedding_values() -> None:
+    tau = timestep_embedding(torch.tensor([0, 3]), 8)
+    w = 10000.0 ** (-np.arange(4) / 3)
+    np.testing.assert_allclose(tau[0], [0, 0, 0, 0, 1, 1, 1, 1])
+    np.testing.assert_allclose(tau[1], np.concatenate([np.sin(3 * w), np.cos(3 * w)]), rtol=1e-6)
+
+
+def test_masked_mse_is_the_mean_over_true_entries() -> None:
+    mask = torch.tensor([True, False, True])
+    assert float(masked_mse(torch.tensor([1.0, 9.0, 3.0]), torch.zeros(3), mask)) == 5.0
+
+
+def test_block_mask_keeps_copies_apart() -> None:
+    mask = block_mask(causal_mask(2, torch.device("cpu")), 2)
+    assert mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("objective", ["diffusion", "behaviour_cloning"])
+def test_overfits_one_batch(spec, objective) -> None:
+    policy = make_policy(spec, diffusion={"objective": objective})
+    windows = [make_window(spec, i, instruction=s) for i, s in enumerate(["press the button", "open the drawer"])]
+    batch = batch_of(policy, windows)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3, weight_decay=0.0)
+    for step in range(150):
+        loss = policy.loss(batch, 8, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    policy.eval()
+    noise = torch.randn(2, 1, 6, 7, generator=torch.Generator().manual_seed(0))
+    actions = policy.sample(batch.observation, noise, 10)[:, 0]
+    error = (actions - batch.actions).abs()[batch.action_valid]
+    assert float(error.mean()) < 0.15
+    assert torch.all(actions[~batch.action_valid] == 0)
+
+
+def test_predict_is_a_function_of_history_and_seed(spec) -> None:
+    policy = make_policy(spec).eval()
+    history = make_history(spec, 0)
+    a, b, c = (policy.predict(history, seed=s) for s in (3, 3, 4))
+    assert a.values.shape == (6, 4) and a.values.dtype == np.float32
+    assert (a.stamp, a.action_dt, a.embodiment) == (0.05, 0.0125, "arm")
+    np.testing.assert_array_equal(a.values, b.values)
+    assert not np.array_equal(a.values, c.values)
+    again = policy.predict_batch([history, make_history(spec, 1)], [3, 4], batch_size=4)
+    padded = policy.predict_batch([history], [3], batch_size=4)
+    np.testing.assert_array_equal(again[0].values, padded[0].values)  # one batch size: bit-equal whatever else is in it
+
+
+def test_predict_refuses_what_does_not_fit(spec) -> None:
+    policy = make_policy(spec)
+    history = make_history(spec, 0)
+    wrong_camera = [dataclasses.replace(history[0], images={"front": history[0].images["cam0"]})]
+    wrong_size = [dataclasses.replace(history[0], images={"cam0": np.zeros((16, 16, 3), np.uint8)})]
+    wrong_state = [dataclasses.replace(history[0], state=np.zeros(3, np.float32))]
+    nan_state = [dataclasses.replace(history[0], state=np.full(4, np.nan, np.float32))]
+    for bad, message in (
+        (wrong_camera, "front"), (wrong_size, "needs uint8"), (wrong_state, "got 3 values"), (nan_state, "not finite"),
+        ([], "0 observations"), (history[::-1], "stamps"), (history * 2, "4 observations"),
+        ([dataclasses.replace(history[0], instruction="x" * 99)], "99 bytes"),
+        ([dataclasses.replace(history[0], instruction="")], "0 bytes"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            policy.predict(bad, seed=0)
+    with pytest.raises(ValueError, match="knows"):
+        policy.predict(history, seed=0, embodiment="other")
+    with torch.no_grad():
+        policy.model.head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="not finite"):
+        policy.predict(history, seed=0)
+
+
+def test_two_embodiments_in_one_batch(spec) -> None:
+    from conftest import embodiment_dict, field
+
+    values = embodiment_dict("other", cameras=2, size=48) | {"action": [field("joints", "joint_position", 2, 3)]}
+    other = embodiment_from_dict(values)
+    config = policy_config(cameras=2, embodiment_token=True)
+    from dita.policy.policy import DitaPolicy
+
+    policy = DitaPolicy(config, diffusion_config(), contract_of([spec, other], config))
+    batch = batch_of(policy, [make_window(spec, 0), make_window(other, 1)])
+    assert batch.observation.images.shape == (2, 2, 2, 3, 32, 32)
+    assert batch.observation.image_valid[:, 0].tolist() == [[True, False], [True, True]]
+    assert batch.action_valid[:, 0].int().tolist() == [[1, 1, 1, 0, 0, 0, 1], [0, 0, 0, 1, 1, 0, 0]]
+    assert torch.isfinite(policy.loss(batch, 2, torch.Generator().manual_seed(0)))
+    chunk = policy.predict(make_history(other, 0), seed=0, embodiment="other")
+    assert chunk.values.shape == (6, 2)
+    with pytest.raises(ValueError, match="several embodiments"):
+        policy.predict(make_history(other, 0), seed=0)
+
+
+def test_save_and_load_are_equal(spec, tmp_path) -> None:
+    policy = make_policy(spec).eval()
+    save_policy(policy, tmp_path / "policy")
+    loaded = load_policy(tmp_path)
+    history = make_history(spec, 0)
+    np.testing.assert_array_equal(policy.predict(history, seed=1).values, loaded.predict(history, seed=1).values)
+    assert loaded.contract.root_hash == policy.contract.root_hash
+
+
+def test_damaged_checkpoints_are_refused_by_file(spec, tmp_path) -> None:
+    policy = make_policy(spec)
+    folder = tmp_path / "policy"
+
+    def fresh():
+        save_policy(policy, folder)
+        return folder
+
+    weights = fresh() / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model.safetensors does not fit its SHA-256"):
+        load_policy(folder)
+    weights.write_bytes(data[:-10])
+    with pytest.raises(ValueError, match="truncated"):
+        load_policy(folder)
+    (fresh() / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"config.json is missing"):
+        load_policy(folder)
+    (fresh() / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="no manifest"):
+        load_policy(folder)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_policy(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no CUDA device"):
+        load_policy(fresh(), "cuda") if not torch.cuda.is_available() else load_policy(fresh(), "cuda:99")
+
+
+def test_edited_contract_is_refused(spec, tmp_path) -> None:
+    contract = make_policy(spec).contract.to_dict()
+    assert Contract.from_dict(json.loads(json.dumps(contract))).root_hash == contract["hash"]
+    contract["embodiments"]["arm"]["stats"]["fields"]["action/delta"]["max"][0] *= 2
+    with pytest.raises(ValueError, match="edited"):
+        Contract.from_dict(contract)
+
+
+def test_contract_names_the_field_that_differs(spec) -> None:
+    from conftest import embodiment_dict
+
+    contract = make_policy(spec).contract
+    contract.check_embodiment(spec)
+    values = embodiment_dict()
+    values["action"][0]["reference"] = "measured"
+    with pytest.raises(ValueError, match=r"action\[0\].reference: checkpoint 'commanded', here 'measured'"):
+        contract.check_embodiment(embodiment_from_dict(values))
+    renamed = dataclasses.replace(spec, robot="other words", limits=None)
+    assert dataclasses.replace(contract, specs={"arm": renamed}).root_hash == contract.root_hash
+
+
+def test_weights_that_are_not_finite_are_never_written(spec, tmp_path) -> None:
+    policy = make_policy(spec)
+    with torch.no_grad():
+        policy.model.head.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"head\.weight"):
+        save_policy(policy, tmp_path / "policy")
+    assert not (tmp_path / "policy").exists()
+
+
+def test_mean_std_with_clipping_is_refused(spec) -> None:
+    from dita.policy.policy import DitaPolicy
+
+    config = policy_config()
+    with pytest.raises(ValueError, match="clip_sample"):
+        DitaPolicy(config, diffusion_config(), contract_of([spec], config, "mean_std"))
+    DitaPolicy(config, diffusion_config(clip_sample=None), contract_of([spec], config, "mean_std"))
+
+
+def test_stats_are_needed_for_every_field(spec) -> None:
+    stats = make_stats(spec)
+    fields = {k: v for k, v in stats.fields.items() if k != "action/grip"}
+    contract = contract_of([spec], policy_config())
+    from dita.preprocess import Preprocessor
+
+    with pytest.raises(KeyError, match="action/grip"):
+        Preprocessor(dataclasses.replace(contract, stats={"arm": dataclasses.replace(stats, fields=fields)}))
