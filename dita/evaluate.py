@@ -1,0 +1,305 @@
+"""A policy over a fixed list of starts: success with intervals, latency, videos, and what reproduces them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from statsmodels.stats.proportion import proportion_confint
+
+from dita.config import EvalConfig, to_dict
+from dita.embodiment import canonical_json, load_embodiment
+from dita.envs import check_tasks
+from dita.envs.rollout import EpisodeResult, Start, Timing, rollout
+from dita.policy.policy import DitaPolicy
+from dita.types import ActionChunk, EmbodimentSpec, RawObservation
+
+RULE = "success at any step, which ends the episode; warnings of the simulator and actions that are not finite fail it"
+PACKAGES = ("dita", "torch", "numpy", "mujoco", "metaworld", "gymnasium", "diffusers", "transformers")
+# what may change between an interrupted evaluation and its continuation
+FREE = ("out", "n_envs", "threads", "device", "videos")
+
+
+class Baseline(Protocol):
+    """A stand-in for a policy, to know what the numbers are worth."""
+
+    name: str
+    n_action_steps: int
+
+    def predict_batch(self, histories: Any, seeds: Any, **options: Any) -> Sequence[ActionChunk | None]: ...
+
+
+class Expert:
+    """The suite's scripted expert: the ceiling."""
+
+    name, n_action_steps = "expert", 8
+
+    def predict_batch(
+        self, histories: Sequence[Sequence[RawObservation]], seeds: Sequence[int], **options: Any
+    ) -> list[None]:
+        """Leave the acting to the expert next to the simulator; only that one sees the state."""
+        return [None] * len(histories)
+
+
+class Zero:
+    """No motion and no grip: the floor."""
+
+    name, n_action_steps = "zero", 8
+
+    def __init__(self, embodiment: EmbodimentSpec) -> None:
+        self._spec = embodiment
+
+    def predict_batch(
+        self, histories: Sequence[Sequence[RawObservation]], seeds: Sequence[int], **options: Any
+    ) -> list[ActionChunk]:
+        """Return chunks of zeros."""
+        zeros = np.zeros((self.n_action_steps, self._spec.action_dim), np.float32)
+        return [ActionChunk(zeros, h[-1].stamp, self._spec.action_dt, self._spec.name) for h in histories]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A success rate with its 95 % interval."""
+
+    episodes: int
+    successes: int
+    success_rate: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found; `eval_info.json` holds the same."""
+
+    tasks: Mapping[str, Rate]  # Wilson
+    pooled: Rate  # Wilson over all episodes
+    macro: Rate  # mean of the tasks' rates; Wilson's limits joined by MOVER
+    latency: tuple[float, float]  # p50, p99 [s] of one policy call, for its whole batch
+    episodes: tuple[EpisodeResult, ...]  # in the order of the fixed list
+
+
+def evaluate(
+    policy: DitaPolicy | Baseline, config: EvalConfig, *, exist: Literal["error", "resume", "overwrite"]
+) -> EvalResult:
+    """Play `config.episodes` fixed starts of each task and write the outcome below `config.out`.
+
+    Start i of a task has seed config.seed + i. Every episode of the list counts. Files: `eval_config.json`,
+    `episodes.jsonl` (one line per episode as it ends), `eval_info.json`, `videos/<task>/episode_<i>_<outcome>.mp4`.
+
+    Raises:
+        FileExistsError: `config.out` exists and `exist` is "error".
+        ValueError: unknown task, an embodiment that differs from the checkpoint's, or a continuation whose policy or
+            settings differ (named).
+        RuntimeError: a simulator process died; what was finished stays for "resume".
+    """
+    check_tasks(config.env)
+    spec = load_embodiment(config.env.embodiment)
+    timing = _timing(policy, config, spec)
+    if isinstance(policy, DitaPolicy):
+        policy.contract.check_embodiment(spec)
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    out = Path(config.out)
+    asked = {"config": to_dict(config), "policy": identity(policy)}
+    done = _open(out, asked, exist)
+    todo = [s for s in _starts(config, out) if (s.task, s.index) not in done]
+    began = time.monotonic()
+    with _progress() as progress, (out / "episodes.jsonl").open("a") as lines:
+        bar = progress.add_task("eval", total=len(done) + len(todo), completed=len(done), rate=_running(done))
+        episodes = rollout(
+            policy, config.env, spec.name, todo, timing,
+            n_envs=config.n_envs, batch_size=config.batch_size, num_inference_steps=config.num_inference_steps,
+        )  # fmt: skip
+        for episode in episodes:
+            lines.write(canonical_json(asdict(episode)) + "\n")
+            lines.flush()
+            done[episode.task, episode.index] = episode
+            progress.update(bar, advance=1, rate=_running(done))
+    result = summarise([done[s.task, s.index] for s in _starts(config, out)])
+    _write(out / "eval_info.json", _info(result, asked, time.monotonic() - began))
+    _print(result, out)
+    return result
+
+
+def summarise(episodes: Sequence[EpisodeResult]) -> EvalResult:
+    """Turn episodes into rates with 95 % intervals: Wilson (1927), and MOVER (Zou & Donner 2008) for the macro mean."""
+    by_task: dict[str, list[bool]] = {}
+    for e in episodes:
+        by_task.setdefault(e.task, []).append(e.success)
+    tasks = {task: _wilson(wins) for task, wins in by_task.items()}
+    latency = [s for e in episodes for s in e.latency]
+    p50, p99 = (float(p) for p in np.percentile(latency, (50, 99)))
+    return EvalResult(
+        tasks, _wilson([e.success for e in episodes]), _macro(list(tasks.values())), (p50, p99), tuple(episodes)
+    )
+
+
+def identity(policy: DitaPolicy | Baseline) -> dict[str, str]:
+    """Say which policy this is: contract hash and a SHA-256 over its weights."""
+    if not isinstance(policy, DitaPolicy):
+        return {"name": policy.name}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(policy.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {"name": policy.config.name, "contract": policy.contract.root_hash, "weights": digest.hexdigest()}
+
+
+def fingerprint() -> dict[str, Any]:
+    """Describe the software and the machine behind a number."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "opengl": os.environ.get("MUJOCO_GL"),
+        "torch_threads": torch.get_num_threads(),
+        "versions": versions,
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def _timing(policy: DitaPolicy | Baseline, config: EvalConfig, spec: EmbodimentSpec) -> Timing:
+    if not isinstance(policy, DitaPolicy):
+        return Timing.of(spec, 1, config.n_action_steps or policy.n_action_steps)
+    steps = config.n_action_steps or policy.config.n_action_steps
+    if steps > policy.config.chunk_size:
+        raise ValueError(f"n_action_steps {steps} exceeds the checkpoint's chunk_size {policy.config.chunk_size}")
+    return Timing.of(spec, policy.config.n_obs_steps, steps)
+
+
+def _starts(config: EvalConfig, out: Path) -> list[Start]:
+    return [
+        Start(task, i, config.seed + i, str(out / "videos" / task) if i < config.videos else None)
+        for task in config.env.tasks
+        for i in range(config.episodes)
+    ]
+
+
+def _open(out: Path, asked: Mapping[str, Any], exist: str) -> dict[tuple[str, int], EpisodeResult]:
+    """Return the episodes that an interrupted evaluation of the same policy and settings has finished."""
+    if out.exists() and exist == "error":
+        raise FileExistsError(f"{out} exists; --resume continues it, --overwrite deletes it first")
+    path, lines = out / "eval_config.json", out / "episodes.jsonl"
+    if out.exists() and any(out.iterdir()) and not path.exists():
+        raise ValueError(f"{out} exists and is no evaluation: it has no eval_config.json; choose another out=")
+    if out.exists() and exist == "overwrite":
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        _write(path, asked)
+        return {}
+    _same(json.loads(path.read_text()), asked, out)
+    whole = (
+        [line for line in lines.read_text().splitlines(keepends=True) if line.endswith("\n")] if lines.exists() else []
+    )
+    lines.write_text("".join(whole))  # a kill may have cut the last line
+    done = (_episode(json.loads(line)) for line in whole)
+    return {(e.task, e.index): e for e in done}
+
+
+def _same(before: Mapping[str, Any], asked: Mapping[str, Any], out: Path) -> None:
+    def compared(values: Mapping[str, Any]) -> dict[str, Any]:
+        config = {k: v for k, v in values["config"].items() if k not in FREE}
+        return json.loads(canonical_json({**config, **{f"policy.{k}": v for k, v in values["policy"].items()}}))
+
+    a, b = compared(before), compared(asked)
+    if different := [f"{k}: {a.get(k)} there, {b.get(k)} asked" for k in sorted(a | b) if a.get(k) != b.get(k)]:
+        raise ValueError(f"{out} holds another evaluation ({'; '.join(different)}); choose another out= or --overwrite")
+
+
+def _episode(values: Mapping[str, Any]) -> EpisodeResult:
+    return EpisodeResult(**{**values, "latency": tuple(values["latency"])})
+
+
+def _wilson(wins: Sequence[bool]) -> Rate:
+    low, high = np.asarray(proportion_confint(sum(wins), len(wins), alpha=0.05, method="wilson"))
+    return Rate(len(wins), sum(wins), sum(wins) / len(wins), (float(low), float(high)))
+
+
+def _macro(tasks: Sequence[Rate]) -> Rate:
+    # MOVER joins Wilson's limits; a bootstrap of 50 successes in 50 would claim [1, 1]
+    rates, limits = np.array([r.success_rate for r in tasks]), np.array([r.interval for r in tasks])
+    mean = float(rates.mean())
+    below, above = np.sqrt(((limits - rates[:, None]) ** 2).sum(axis=0)) / len(tasks)
+    total, wins = sum(r.episodes for r in tasks), sum(r.successes for r in tasks)
+    return Rate(total, wins, mean, (mean - float(below), mean + float(above)))
+
+
+def _info(result: EvalResult, asked: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    episodes = result.episodes
+    return {
+        "rule": RULE,
+        "tasks": {
+            task: {**asdict(rate), "mean_steps": float(np.mean([e.steps for e in episodes if e.task == task]))}
+            for task, rate in result.tasks.items()
+        },
+        "pooled": asdict(result.pooled),
+        "macro": asdict(result.macro),
+        "latency_s": {"p50": result.latency[0], "p99": result.latency[1]},
+        "distinct_starts": len({e.start_hash for e in episodes}),
+        "reasons": {r: sum(e.reason == r for e in episodes) for r in sorted({e.reason for e in episodes})},
+        "seconds": seconds,  # of this call; a continued evaluation took longer
+        "fingerprint": fingerprint(),
+        **asked,
+    }
+
+
+def _write(path: Path, values: Any) -> None:
+    text = json.dumps(values, indent=1, allow_nan=False)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _running(done: Mapping[Any, EpisodeResult]) -> str:
+    if not done:
+        return ""
+    rate = _wilson([e.success for e in done.values()])
+    return f"{rate.successes} succeeded, 95 % {rate.interval[0]:.0%} .. {rate.interval[1]:.0%}"
+
+
+def _progress() -> Progress:
+    text, rate = TextColumn("[progress.description]{task.description}"), TextColumn("{task.fields[rate]}")
+    return Progress(text, BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn(), TimeRemainingColumn())
+
+
+def _print(result: EvalResult, out: Path) -> None:
+    table = Table(title=f"success, rule: any step; policy call p50 {result.latency[0] * 1e3:.0f} ms")
+    for column in ("task", "success", "rate", "95 % interval"):
+        table.add_column(column)
+    rows = {**result.tasks, **({"mean over tasks": result.macro} if len(result.tasks) > 1 else {})}
+    for name, r in rows.items():
+        low, high = r.interval
+        table.add_row(name, f"{r.successes}/{r.episodes}", f"{r.success_rate:.0%}", f"{low:.0%} .. {high:.0%}")
+    console = Console()
+    console.print(table)
+    console.print(f"{out / 'eval_info.json'}", highlight=False)
