@@ -124,36 +124,35 @@ class Bus(Protocol):
 class Clock:
     """Wall and steady time at `rate` times real time; slow motion for machines that cannot keep up.
 
-    Every process of a graph must use the same rate and origin, or stamps do not agree.
+    Every process of a graph must use the same rate, or stamps do not agree.
     """
 
-    def __init__(self, rate: float = 1.0, origin: float = 0.0) -> None:
+    def __init__(self, rate: float = 1.0) -> None:
         if not 0 < rate <= 1:
             raise ValueError(f"the clock's rate must be in (0, 1], got {rate}")
-        self.rate, self.origin = rate, origin
+        self.rate = rate
 
     def now(self) -> float:
-        """Return wall time [s], slowed around the origin."""
-        return self.origin + self.rate * (time.time() - self.origin)
+        """Return wall time [s], slowed from the epoch on."""
+        return self.rate * time.time()
 
     def steady(self) -> float:
         """Return monotonic time [s] at the same rate."""
         return self.rate * time.monotonic()
 
 
-def open_bus(kind: str, name: str, domain_id: int, rate: float = 1.0, origin: float = 0.0) -> Bus:
+def open_bus(kind: str, name: str, domain_id: int, rate: float = 1.0) -> Bus:
     """Join a graph as node `name`.
 
     Args:
         kind: "dds" (CycloneDDS wheels) or "rclpy" (a sourced ROS 2).
         domain_id: as ROS_DOMAIN_ID.
         rate: of the clock, see `Clock`; rclpy has only 1.
-        origin: wall time at which the slowed clock equals the wall clock [s].
     """
     if kind == "dds":
         from robot_io.bus_dds import DdsBus
 
-        return DdsBus(name, domain_id, Clock(rate, origin))
+        return DdsBus(name, domain_id, Clock(rate))
     if kind == "rclpy":
         from robot_io.bus_rclpy import RclpyBus
 

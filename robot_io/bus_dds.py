@@ -13,6 +13,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 import numpy as np
 from cyclonedds.builtin import (
     BuiltinDataReader,
+    BuiltinTopic,
     BuiltinTopicDcpsParticipant,
     BuiltinTopicDcpsPublication,
     BuiltinTopicDcpsSubscription,
@@ -202,9 +203,9 @@ class DdsBus:
         self.name, self.domain_id, self.clock = name, domain_id, clock or Clock()
         self.now, self.steady = self.clock.now, self.clock.steady
         self._participant = DomainParticipant(domain_id, qos=DdsQos(Policy.EntityName(name)))
-        self._participants = BuiltinDataReader(self._participant, BuiltinTopicDcpsParticipant)
-        self._writers = BuiltinDataReader(self._participant, BuiltinTopicDcpsPublication)
-        self._readers = BuiltinDataReader(self._participant, BuiltinTopicDcpsSubscription)
+        self._participants = _Directory(self._participant, BuiltinTopicDcpsParticipant)
+        self._writers = _Directory(self._participant, BuiltinTopicDcpsPublication)
+        self._readers = _Directory(self._participant, BuiltinTopicDcpsSubscription)
         self._waitset = WaitSet(self._participant)
         self._wake = GuardCondition(self._participant)  # ends a wait in `spin` from any thread
         self._waitset.attach(self._wake)
@@ -290,7 +291,7 @@ class DdsBus:
             if any(w.type == type and w.qos.satisfies(qos) for w in self.writers(topic)):
                 return
         there = "; ".join(f"{w.node} offers {w.type} ({w.qos})" for w in self.writers(topic)) or "nobody offers it"
-        nodes = sorted(set(self._nodes().values()) - {self.name})
+        nodes = sorted({self._node_of(key) for key in self._participants.alive()} - {self.name})
         raise TimeoutError(
             f"no publisher on {topic} of {type} ({qos}) after {timeout_s:g} s: {there}. Nodes on domain "
             f"{self.domain_id}: {', '.join(nodes) or 'none'}. Start the peer, or compare ROS_DOMAIN_ID and QoS"
@@ -339,19 +340,31 @@ class DdsBus:
             f"{self.name} {verb} {mine.qos}; {theirs or 'the other end is gone'}. Nothing flows between them"
         )
 
-    def _nodes(self) -> Dict[Any, str]:
-        alive = ReadCondition(self._participants, ViewState.Any | SampleState.Any | InstanceState.Alive)
-        found = self._participants.read(N=128, condition=alive)
-        return {p.key: next((q.name for q in p.qos if q.__scope__ == "EntityName"), str(p.key)) for p in found}
+    def _node_of(self, participant: Any) -> str:
+        found = self._participants.alive().get(participant)
+        return next((q.name for q in found.qos if q.__scope__ == "EntityName"), str(participant)) if found else "?"
 
-    def _endpoints(self, reader: BuiltinDataReader, topic: str) -> List[Writer]:
-        alive = ReadCondition(reader, ViewState.Any | SampleState.Any | InstanceState.Alive)
-        found = [e for e in reader.read(N=1024, condition=alive) if e.topic_name == f"rt{topic}"]
-        nodes = self._nodes() if found else {}
-        return [
-            Writer(nodes.get(e.participant_key, str(e.participant_key)), _ros_type(e.type_name), _from_dds_qos(e.qos))
-            for e in found
-        ]
+    def _endpoints(self, directory: "_Directory", topic: str) -> List[Writer]:
+        found = [e for e in directory.alive().values() if e.topic_name == f"rt{topic}"]
+        return [Writer(self._node_of(e.participant_key), _ros_type(e.type_name), _from_dds_qos(e.qos)) for e in found]
+
+
+class _Directory:
+    """What discovery knows of participants, writers or readers; only changes are read, so that asking is cheap."""
+
+    def __init__(self, participant: DomainParticipant, topic: BuiltinTopic) -> None:
+        self._reader = BuiltinDataReader(participant, topic)
+        self._changes = ReadCondition(self._reader, ViewState.Any | SampleState.NotRead | InstanceState.Any)
+        self._alive: Dict[Any, Any] = {}
+
+    def alive(self) -> Dict[Any, Any]:
+        """Return {key: what is there}."""
+        for sample in self._reader.read(N=1024, condition=self._changes):
+            if sample.sample_info.instance_state == InstanceState.Alive:
+                self._alive[sample.key] = sample
+            else:
+                self._alive.pop(sample.key, None)
+        return self._alive
 
 
 def _ros_type(dds: str) -> str:

@@ -123,7 +123,7 @@ class Guard:
         if excess > 1e-6:
             self._count("R1", "action clamped")
         if self.machine.apply("resume", "a good chunk"):
-            self._rebase(self.tracker.position, now)
+            self._rebase(self.tracker.position)
         return None
 
     def on_writers(self, others: Sequence[str], now: float) -> None:
@@ -133,7 +133,10 @@ class Guard:
             self.fault(f"a second writer on the command topic: {', '.join(others)}", now)
 
     def arm(self, now: float) -> None:
-        """Begin to execute, from rest at the measured position.
+        """Begin to execute, with the measured position as the first goal.
+
+        After a fault the stream of commands goes on, smoothly, from where it was held; from IDLE it begins at the
+        measured position.
 
         Raises:
             ValueError: it is not safe to; names every reason.
@@ -144,13 +147,14 @@ class Guard:
         if problems:
             raise ValueError(f"not armed: {'; '.join(problems)}")
         measured = self._measured[-1][1]
-        self.tracker.restart(measured)
-        self.envelope.restart(measured)
+        if self.state is State.IDLE:
+            self.tracker.restart(measured)
+            self.envelope.restart(measured)
         self.buffer.clear(since=now)
         self._sent.clear()
         self._bad.clear()
-        self.gripper, self._covered = None, np.inf
-        self._rebase(measured, now)
+        self.gripper = None
+        self._rebase(measured)
         self.machine.apply("arm", "armed")
 
     def disarm(self, reason: str = "disarmed") -> None:
@@ -294,7 +298,7 @@ class Guard:
         gripper, more = _clip(chunk.gripper, self.robot.gripper.low, self.robot.gripper.high)
         return Chunk(chunk.stamp, chunk.dt, motion, gripper), max(excess, more)
 
-    def _rebase(self, position: np.ndarray, now: float) -> None:
+    def _rebase(self, position: np.ndarray) -> None:
         self.goal = np.clip(position, self._low, self._high)
         self._covered = np.inf
 

@@ -49,12 +49,25 @@ class Robot:
 
     name: str
     state: Tuple[Field, ...]
+    action: Tuple[Field, ...]
     motion: Field  # the tool's position, absolute or delta
     gripper: Optional[Field]
     cameras: Tuple[str, ...]
     obs_dt: float  # [s]
     action_dt: float  # [s]
     limits: Limits
+
+    @property
+    def action_dim(self) -> int:
+        """Return the length of an action."""
+        return sum(field.size for field in self.action)
+
+    def action_slice(self, field: Optional[Field]) -> slice:
+        """Return where a field lies in an action; an empty slice for None."""
+        if field is None:
+            return slice(0, 0)
+        start = sum(f.size for f in self.action[: self.action.index(field)])
+        return slice(start, start + field.size)
 
 
 def parse_robot(values: Mapping[str, Any]) -> Robot:
@@ -77,6 +90,7 @@ def parse_robot(values: Mapping[str, Any]) -> Robot:
     return Robot(
         name=values["name"],
         state=tuple(_field(f, where) for f in values["state"]),
+        action=tuple(action),
         motion=motion[0],
         gripper=gripper[0] if gripper else None,
         cameras=tuple(c["name"] for c in values["cameras"]),

@@ -87,8 +87,10 @@ class PolicyLoop:
             self._thread.join()
 
     def _ready(self) -> bool:
-        new = self._observations and self._observations[-1].stamp >= self._predicted + max(self._interval, 1e-9)
-        return not self._running or bool(new)
+        if not self._running:
+            return True
+        newest = self._observations[-1].stamp if self._observations else -np.inf
+        return newest > self._predicted and newest >= self._predicted + self._interval
 
     def _run(self) -> None:
         while True:
