@@ -92,7 +92,7 @@ class Store:
         """
         self.path = Path(path)
         self.attributes = read_root(self.path)
-        self.spec = embodiment_from_dict(self.attributes["embodiment"], where=f"E_SCHEMA: {self.path}: embodiment")
+        self.spec = _read_spec(self.path, self.attributes)
         ids = sealed_segments(self.path) if segments is None else list(segments)
         if not ids:
             raise _nothing_sealed(self.path)
@@ -378,7 +378,7 @@ class StoreWriter:
         if digest in self._episodes.values():
             twin = next(s for s, d in self._episodes.items() if d == digest)
             raise StoreError(f"E_DUP: episode {episode.source!r} has the same content as {twin!r}; skip it")
-        arrays = _staged_arrays(episode)
+        arrays = {name: np.ascontiguousarray(a) for name, a in _staged_arrays(episode).items()}
         _require_space(self.path, sum(a.nbytes for a in arrays.values()))
         entry = {
             "source": episode.source,
@@ -518,8 +518,8 @@ def read_root(path: Path) -> dict[str, Any]:
     if not (path / "zarr.json").is_file():
         raise StoreError(f"E_SCHEMA: {path} is not a store of dita: it has no zarr.json")
     root = _read_json(path / "zarr.json")
-    attributes = root.get("attributes", {}).get("dita")
-    if not isinstance(attributes, dict) or not isinstance(version := attributes.get("format_version"), int):
+    attributes = _member(_member(root, "attributes"), "dita")
+    if not isinstance(version := _member(attributes, "format_version"), int):
         raise StoreError(f"E_SCHEMA: {path} is not a store of dita: its attributes lack dita.format_version")
     if version > FORMAT_VERSION:
         raise StoreError(
@@ -553,8 +553,10 @@ def _read_manifest(store: Path, segment: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no sealed segment {segment!r} in {store}; it has {sealed_segments(store)}")
     manifest = _read_json(path)
-    if isinstance(manifest, dict) and manifest.get("format_version", 0) > FORMAT_VERSION:
-        raise StoreError(f"E_VERSION: {path} has format {manifest['format_version']}: upgrade dita")
+    if isinstance(version := _member(manifest, "format_version"), int) and version > FORMAT_VERSION:
+        raise StoreError(
+            f"E_VERSION: {path} has format {version}, this dita reads up to {FORMAT_VERSION}: upgrade dita"
+        )
     body = {k: v for k, v in manifest.items() if k != "sha256"} if isinstance(manifest, dict) else {}
     if path.read_text() != canonical_json(body | {"sha256": sha256_json(body)}):
         raise StoreError(f"E_CHECKSUM: {path}: the manifest is damaged; restore it from a copy")
@@ -629,6 +631,17 @@ def _create_root(path: Path, attributes: Mapping[str, Any]) -> None:
     _sync(path.parent)
 
 
+def _read_spec(path: Path, attributes: Mapping[str, Any]) -> EmbodimentSpec:
+    try:
+        spec = embodiment_from_dict(attributes["embodiment"], where="embodiment")
+        _check_names(c.name for c in spec.cameras)
+    except (TypeError, ValueError) as e:
+        raise StoreError(f"E_SCHEMA: {path / 'zarr.json'}: {e}") from None
+    if attributes["control_hz"] != spec.control_hz:
+        raise StoreError(f"E_SCHEMA: {path / 'zarr.json'}: control_hz differs from the embodiment's")
+    return spec
+
+
 def _remove_store(path: Path) -> None:
     if any(path.iterdir()):
         read_root(path)  # raises on anything that is not a store
@@ -657,7 +670,9 @@ def _stage(folder: Path, arrays: Mapping[str, np.ndarray], entry: Mapping[str, A
         (partial / "images").mkdir(parents=True)
         for name, array in arrays.items():
             with (partial / f"{name}.npy").open("wb") as file:
-                np.save(file, array, allow_pickle=False)
+                # not np.save: on a full disk it raises an OSError without errno
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                file.write(array.data)
                 _flush(file)
         _write_json(partial / "episode.json", entry)
         _sync(partial / "images")
@@ -780,6 +795,10 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise StoreError(f"E_SCHEMA: {path} is not JSON; restore it from a copy") from None
+
+
+def _member(values: Any, key: str) -> Any:
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
