@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import math
+import mmap
+import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import reduction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -41,13 +43,13 @@ class WindowDataset:
             chunk_size: actions from now on, action_dt apart.
             pad_end: actions past the episode's end are invalid ("mask") or hold still ("hold").
             past_action_slots: actions before now, in front of the chunk.
-            cache: "mmap" reads and checks frames each time; "ram" decodes all of them once into a file in the
-                temporary folder that every process maps (the page cache keeps it in memory).
+            cache: "mmap" reads and checks frames each time; "ram" decodes all of them once into memory that
+                loader workers share.
             episodes: numbers of the episodes to use; None: all.
 
         Raises:
             ValueError: a dt is no multiple, or an episode does not exist.
-            StoreError: E_NOSPACE: no room for cache="ram".
+            StoreError: E_NOSPACE: no memory for cache="ram"; or a frame is missing or damaged.
         """
         self.store = store
         self.episodes = tuple(range(len(store.episodes)) if episodes is None else episodes)
@@ -103,22 +105,20 @@ class WindowDataset:
 
 
 class _FrameCache:
-    """Decoded frames of some episodes in one file per camera, which worker processes map rather than copy."""
+    """Decoded frames of some episodes in anonymous memory that spawned workers map rather than copy.
+
+    A memory file vanishes with the last process that has it, however that ends, and /dev/shm's size does not matter.
+    """
 
     def __init__(self, store: Store, episodes: Sequence[int]) -> None:
         lengths = [store.length(e) for e in episodes]
         self._first = dict(zip(episodes, np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
         self._shapes = {c.name: (sum(lengths), c.height, c.width, 3) for c in store.spec.cameras}
-        needed, free = sum(map(np.prod, self._shapes.values())), shutil.disk_usage(tempfile.gettempdir()).free
-        if needed > free:
-            raise StoreError(
-                f"E_NOSPACE: data.cache=ram needs {needed / 2**30:.1f} GiB in {tempfile.gettempdir()}, "
-                f"{free / 2**30:.1f} GiB are free; set TMPDIR or use data.cache=mmap"
-            )
-        self._folder = Path(tempfile.mkdtemp(prefix="dita-frames-"))
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)  # only the process that made it
+        _require_memory(sum(map(math.prod, self._shapes.values())))
+        self._keep({camera: os.memfd_create(f"dita-{camera}") for camera in self._shapes})
         for camera, shape in self._shapes.items():
-            frames = np.memmap(self._folder / camera, np.uint8, "w+", shape=shape)
+            os.ftruncate(self._files[camera], math.prod(shape))
+            frames = np.frombuffer(mmap.mmap(self._files[camera], math.prod(shape)), np.uint8).reshape(shape)
             for episode, first in self._first.items():
                 length = store.length(episode)
                 frames[first : first + length] = store.read_frames(episode, camera, range(length))
@@ -129,17 +129,24 @@ class _FrameCache:
         first = self._first[episode]
         return self._frames[camera][[first + i for i in frames]]
 
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "_frames"}
+    def __getstate__(self) -> dict[str, Any]:
+        files = {camera: reduction.DupFd(file) for camera, file in self._files.items()}
+        return {"_first": self._first, "_shapes": self._shapes, "files": files}
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ = state
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._first, self._shapes = state["_first"], state["_shapes"]
+        self._keep({camera: file.detach() for camera, file in state["files"].items()})
         self._map()
+
+    def _keep(self, files: dict[str, int]) -> None:
+        self._files = files
+        for file in files.values():
+            weakref.finalize(self, os.close, file)
 
     def _map(self) -> None:
         self._frames = {
-            camera: np.asarray(np.memmap(self._folder / camera, np.uint8, "r", shape=shape))
-            for camera, shape in self._shapes.items()
+            camera: np.frombuffer(mmap.mmap(file, 0, access=mmap.ACCESS_READ), np.uint8).reshape(self._shapes[camera])
+            for camera, file in self._files.items()
         }
 
 
@@ -174,4 +181,14 @@ def _check_episodes(store: Store, episodes: Sequence[int]) -> None:
     if wrong or not episodes or len(set(episodes)) != len(episodes):
         raise ValueError(
             f"{store.path} has episodes 0..{len(store.episodes) - 1}; name each wanted one once, got {list(episodes)}"
+        )
+
+
+def _require_memory(needed: int) -> None:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    if needed > available:
+        raise StoreError(
+            f"E_NOSPACE: data.cache=ram needs {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are "
+            "available; use data.cache=mmap"
         )
