@@ -90,8 +90,13 @@ class Timing:
         """Return the steps that a policy call at `step` sees, oldest first; fewer at an episode's start."""
         return [step - age for age in reversed(self._ages()) if step >= age]
 
+    @property
+    def span(self) -> int:
+        """Steps from the oldest to the newest frame of a history."""
+        return (self.n_obs_steps - 1) * self.obs_stride
+
     def _ages(self) -> range:
-        return range(0, self.n_obs_steps * self.obs_stride, self.obs_stride)
+        return range(0, self.span + 1, self.obs_stride)
 
 
 @dataclass(frozen=True)
@@ -163,9 +168,9 @@ class Player:
 
     def _turn(self) -> Turn:
         assert self._env is not None
-        seen = self.timing.history_steps(self._env.steps)
-        self._frames = {step: frame for step, frame in self._frames.items() if step >= seen[0]}
-        return Turn([self._frames[step] for step in seen], None)
+        oldest = self._env.steps - self.timing.span  # later calls look back no further
+        self._frames = {step: frame for step, frame in self._frames.items() if step >= oldest}
+        return Turn([self._frames[step] for step in self.timing.history_steps(self._env.steps)], None)
 
     def _end(self, reason: str) -> Turn:
         env = self._env
