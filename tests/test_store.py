@@ -553,3 +553,14 @@ def test_leftovers_are_reported(path: Path) -> None:
         assert "unsealed segment main-0001" in writer.cleaned[0]
         assert "unfinished episode abc" in writer.cleaned[1]
     assert sorted(p.name for p in (path / "segments").iterdir() if p.is_dir()) == ["main-0000", "main-b-0000"]
+
+
+def test_a_half_created_store_is_completed(path: Path) -> None:
+    (path / "segments").mkdir(parents=True)
+    for leftover in (path / ".zarr.json.4.partial", path / "segments/.zarr.json.4.partial"):
+        leftover.write_text("{")
+    episode = make_episode(small_spec(), 0, 5)
+    with create(path, small_spec(), exist="resume") as writer:
+        writer.add(episode)
+    assert_holds(Store(path), 0, episode)
+    assert not list(path.rglob("*.partial"))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import google_crc32c
@@ -184,6 +185,13 @@ class ShardReader:
 
 def decode_jpeg(payload: bytes) -> np.ndarray:
     """Decode one JPEG to uint8 [h, w, 3]."""
-    import simplejpeg  # only stores with codec=jpeg need it
+    return import_simplejpeg().decode_jpeg(payload, "RGB")
 
-    return simplejpeg.decode_jpeg(payload, "RGB")
+
+def import_simplejpeg() -> ModuleType:
+    """Import simplejpeg, which only stores with codec=jpeg need; raise ImportError saying how to get it."""
+    try:
+        import simplejpeg
+    except ImportError:
+        raise ImportError("stores with codec=jpeg need simplejpeg: pip install 'dita[convert]'") from None
+    return simplejpeg

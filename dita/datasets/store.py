@@ -31,7 +31,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
-from dita.datasets.shards import IMAGE_CODECS, ArrayLayout, ShardReader, StoreError, difference
+from dita.datasets.shards import IMAGE_CODECS, ArrayLayout, ShardReader, StoreError, difference, import_simplejpeg
 from dita.embodiment import canonical_json, embodiment_from_dict, embodiment_to_dict, sha256_json, slices
 from dita.types import EmbodimentSpec, Episode, EpisodeSpec
 
@@ -284,7 +284,8 @@ class StoreWriter:
         self._codec = codec
         self._name = writer
         self._staging = path / "staging" / writer
-        self._episodes: dict[str, str] = {}  # source -> content hash, sealed ones and everybody's staged ones
+        self._sources: set[str] = set()  # of sealed episodes and of everybody's staged ones
+        self._by_content: dict[str, str] = {}  # content hash -> source, of the same
         self._staged: dict[str, Path] = {}  # source -> folder, this writer's
         self._lock = _lock(path / "staging" / f"{writer}.lock")
         try:
@@ -331,6 +332,8 @@ class StoreWriter:
         _check_names([writer, *(c.name for c in spec.cameras)])
         if codec not in IMAGE_CODECS:
             raise ValueError(f"no codec {codec!r}; there are {', '.join(IMAGE_CODECS)}")
+        if codec == "jpeg":
+            import_simplejpeg()  # now, not when everything is staged
         if path.exists() and exist == "error":
             raise FileExistsError(f"{path} exists; --resume continues it, --overwrite deletes it first")
         if path.exists() and exist == "overwrite":
@@ -358,7 +361,7 @@ class StoreWriter:
 
     def sources(self) -> frozenset[str]:
         """Return the sources of all episodes, sealed or staged: what a rerun may skip."""
-        return frozenset(self._episodes)
+        return frozenset(self._sources)
 
     def staged_sources(self) -> frozenset[str]:
         """Return the sources of this writer's episodes that wait for sealing."""
@@ -373,10 +376,9 @@ class StoreWriter:
         """
         check_episode(episode, self.spec)
         digest = content_hash(episode)
-        if episode.source in self._episodes:
+        if episode.source in self._sources:
             raise StoreError(f"E_DUP: {self.path} has an episode with source {episode.source!r}; skip it")
-        if digest in self._episodes.values():
-            twin = next(s for s, d in self._episodes.items() if d == digest)
+        if twin := self._by_content.get(digest):
             raise StoreError(f"E_DUP: episode {episode.source!r} has the same content as {twin!r}; skip it")
         arrays = {name: np.ascontiguousarray(a) for name, a in _staged_arrays(episode).items()}
         _require_space(self.path, sum(a.nbytes for a in arrays.values()))
@@ -389,7 +391,7 @@ class StoreWriter:
         folder = self._staging / hashlib.sha256(episode.source.encode()).hexdigest()[:32]
         with _disk_errors(self.path):
             _stage(folder, arrays, entry)
-        self._episodes[episode.source] = digest
+        self._remember(entry)
         self._staged[episode.source] = folder
         return digest
 
@@ -443,19 +445,25 @@ class StoreWriter:
         sealed = canonical_json(manifest | {"sha256": sha256_json(manifest)})
         _write_atomic(folder.with_name(f"{segment}.sealed.json"), sealed.encode())
 
+    def _remember(self, entry: Mapping[str, Any]) -> None:
+        self._sources.add(entry["source"])
+        self._by_content[entry["content_hash"]] = entry["source"]
+
     def _read_sealed(self) -> None:
         for segment in sealed_segments(self.path):
-            episodes = Segment(self.path, segment, self.spec).episodes
-            self._episodes |= {e["source"]: e["content_hash"] for e in episodes}
+            for entry in Segment(self.path, segment, self.spec).episodes:
+                self._remember(entry)
 
     def _read_staged(self) -> None:
         for folder in staged_episodes(self.path):
             entry = _read_json(folder / "episode.json")
-            self._episodes[entry["source"]] = entry["content_hash"]
+            self._remember(entry)
             if folder.parent == self._staging:
                 self._staged[entry["source"]] = folder
 
     def _clean(self) -> Iterator[str]:
+        for file in (*self.path.glob(".zarr.json.*.partial"), *self.path.glob("segments/.zarr.json.*.partial")):
+            file.unlink(missing_ok=True)
         sealed = set(sealed_segments(self.path))
         for path in sorted((self.path / "segments").iterdir()):
             mine = _writer_of(path.name.removeprefix(".")) == self._name
@@ -470,7 +478,7 @@ class StoreWriter:
                 yield f"removed the unfinished episode {folder.name}; its writer ended before it was staged"
             elif folder.suffix == ".removed":
                 shutil.rmtree(folder)
-            elif _read_json(folder / "episode.json")["source"] in self._episodes:
+            elif _read_json(folder / "episode.json")["source"] in self._sources:
                 _remove(folder)
                 yield f"removed the staged copy {folder.name} of a sealed episode"
 
@@ -620,15 +628,16 @@ def _root_attributes(spec: EmbodimentSpec) -> dict[str, Any]:
 
 
 def _create_root(path: Path, attributes: Mapping[str, Any]) -> None:
-    if (path / "zarr.json").exists():
-        if text := difference(attributes, read_root(path)):
-            raise ValueError(f"{path} exists and differs in {text}; write into another store or --overwrite it")
-        return
-    if path.exists() and (others := sorted({p.name for p in path.iterdir()} - {"segments", "staging"})):
-        raise ValueError(f"{path} exists and is not a store of dita: it holds {', '.join(others[:5])}")
-    _write_json(path / "segments" / "zarr.json", GROUP)
-    _write_json(path / "zarr.json", GROUP | {"attributes": {"dita": dict(attributes)}})
-    _sync(path.parent)
+    if not (path / "zarr.json").exists():
+        names = {p.name for p in path.iterdir() if p.suffix != ".partial"} if path.exists() else set()
+        if others := sorted(names - {"segments", "staging"}):
+            raise ValueError(f"{path} exists and is not a store of dita: it holds {', '.join(others[:5])}")
+        with suppress(FileNotFoundError):  # another writer creates the same store and cleaned our partial file away
+            _write_json(path / "segments" / "zarr.json", GROUP)
+            _write_json(path / "zarr.json", GROUP | {"attributes": {"dita": dict(attributes)}})
+        _sync(path.parent)
+    if text := difference(attributes, read_root(path)):
+        raise ValueError(f"{path} exists and differs in {text}; write into another store or --overwrite it")
 
 
 def _read_spec(path: Path, attributes: Mapping[str, Any]) -> EmbodimentSpec:
