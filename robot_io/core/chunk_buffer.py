@@ -58,8 +58,8 @@ class ChunkBuffer:
         self._last_start = -math.inf
 
     def clear(self, since: float) -> None:
-        """Forget everything; only chunks of observations after `since` [s] are taken from now on."""
-        self._chunk, self._last_stamp, self._last_start = None, since, -math.inf
+        """Forget everything; only chunks of observations from `since` [s] on are taken."""
+        self._chunk, self._last_stamp, self._last_start = None, math.nextafter(since, -math.inf), -math.inf
 
     def offer(self, chunk: Chunk, now: float) -> Optional[str]:
         """Take a chunk in place of the older one; return why it was dropped, if it was."""

@@ -11,13 +11,13 @@ from typing import Deque, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from robot_io.core.chunk_buffer import Chunk, ChunkBuffer, Step
+from robot_io.core.chunk_buffer import EARLY, Chunk, ChunkBuffer, Step
 from robot_io.core.diagnostics import Running
 from robot_io.core.limits import Envelope, Robot
 from robot_io.core.state_machine import State, StateMachine
-from robot_io.core.tracker import Tracker
+from robot_io.core.tracker import Tracker, stop_distance
 
-BOX_MARGIN = 0.01  # [m] goals stay this far inside the workspace, so that braking anywhere ends inside it
+BOX_MARGIN = 1.5  # stop distances that goals stay inside the workspace, so that braking anywhere ends inside it
 HISTORY_S = 2.0  # how far back measured and sent positions are kept
 MAX_TICKS = 2  # a tick later than this many periods is an overrun
 
@@ -72,10 +72,14 @@ class Guard:
         self.buffer = ChunkBuffer()
         self.tracker = Tracker(robot.limits, config.tick)
         self.envelope = Envelope(robot.limits, config.tick)
-        self.goal = np.zeros(3)
+        self.goal = self._from = np.zeros(3)  # where the current step ends and where it began
+        self._step_start = -np.inf
         self.gripper: Optional[float] = None
         self.other_writers: Tuple[str, ...] = ()
-        self._low, self._high = robot.limits.workspace_low + BOX_MARGIN, robot.limits.workspace_high - BOX_MARGIN
+        margin = BOX_MARGIN * stop_distance(robot.limits)
+        self._low, self._high = robot.limits.workspace_low + margin, robot.limits.workspace_high - margin
+        if not np.all(self._low < self._high):
+            raise ValueError(f"guard: the workspace is smaller than twice the braking margin of {margin:.3f} m")
         self._measured: Deque[Tuple[float, np.ndarray]] = deque()
         self._sent: Deque[Tuple[float, np.ndarray]] = deque()  # (start of the step, how far the goal moved)
         self._bad: Deque[float] = deque(maxlen=3)  # when the last chunks that were not finite came
@@ -189,9 +193,11 @@ class Guard:
         if periods > MAX_TICKS:
             self.hold("tick overrun", now)
             periods = 1
-        executed = self._compose(now) if self.state is State.ARMED else None
-        for _ in range(periods):
-            position = self._gate(now)
+        executed = None
+        for late in reversed(range(periods)):
+            arrival = now - late * self.config.tick + self.config.tick  # a command is for the time of the next one
+            executed = (self._compose(arrival) if self.state is State.ARMED else None) or executed
+            position = self._gate(arrival)
         return Command(now, position, self.gripper), executed
 
     def _watch(self, now: float) -> None:
@@ -205,18 +211,18 @@ class Guard:
         if self.state is State.HOLDING and now - self._held_since > self.config.hold_timeout:
             self.fault(f"held for {self.config.hold_timeout} s ({self.machine.reason})", now)
 
-    def _compose(self, now: float) -> Optional[Executed]:
+    def _compose(self, time: float) -> Optional[Executed]:
         """Move the goal by the step that is due, once per step and never per tick."""
-        step = self.buffer.due(now)
+        step = self.buffer.due(time)
         if step is None:
             return None
         before = self.goal
-        reference = self._reference(step.chunk)
-        self.goal = self._leash(reference + step.chunk.motion[step.index])
+        self.goal = self._leash(self._reference(step.chunk) + step.chunk.motion[step.index])
+        self._from, self._step_start = before, step.start
         if step.first:
             self._log_residual(step)
         self._sent.append((step.start, self.goal - before))
-        while self._sent[0][0] < now - HISTORY_S:
+        while self._sent[0][0] < time - HISTORY_S:
             self._sent.popleft()
         if step.chunk.gripper is not None:
             self.gripper = float(step.chunk.gripper[step.index])  # zero-order hold: never interpolated
@@ -245,20 +251,28 @@ class Guard:
         self.counts["workspace_clamps"] += bool(np.any(inside != goal))
         return inside
 
-    def _gate(self, now: float) -> np.ndarray:
+    def _interpolate(self, time: float) -> Tuple[np.ndarray, np.ndarray]:
+        """Return where the goal is at `time`, on a straight line within a step, and its velocity [m/s]."""
+        share = (time - self._step_start) / self.robot.action_dt
+        if share > 1 + EARLY:
+            return self.goal, np.zeros(3)
+        return self._from + share * (self.goal - self._from), (self.goal - self._from) / self.robot.action_dt
+
+    def _gate(self, time: float) -> np.ndarray:
         """Advance the tracker by one period and let its position out if it is inside the envelope."""
         last = self.tracker.position
-        position = self.tracker.toward(self.goal) if self.state is State.ARMED else self.tracker.brake()
+        goal, velocity = self._interpolate(time)
+        position = self.tracker.toward(goal, velocity) if self.state is State.ARMED else self.tracker.brake()
         broken = self.envelope.violations(position)
         if broken:
             self.counts["envelope_stops"] += 1
-            self.fault(f"the path would leave the envelope: {', '.join(broken)}", now)
+            self.fault(f"the path would leave the envelope: {', '.join(broken)}", time)
             self.tracker.restart(last)
             self.envelope.restart(last)
             return last
         self.envelope.sent(position)
         if self.state is State.ARMED:
-            self.lag.add(float(np.linalg.norm(self.goal - position)))
+            self.lag.add(float(np.linalg.norm(goal - position)))
         return position
 
     # ---- helpers
@@ -299,8 +313,8 @@ class Guard:
         return Chunk(chunk.stamp, chunk.dt, motion, gripper), max(excess, more)
 
     def _rebase(self, position: np.ndarray) -> None:
-        self.goal = np.clip(position, self._low, self._high)
-        self._covered = np.inf
+        self.goal = self._from = np.clip(position, self._low, self._high)
+        self._step_start, self._covered = -np.inf, np.inf
 
     def _log_residual(self, step: Step) -> None:
         """Compare what the chunk wanted for its expired steps with what was sent in their place."""
