@@ -41,6 +41,7 @@ FORMAT_VERSION = 1
 LOW_DIM_CHUNK = 256  # frames; images have one frame per chunk
 DISK_RESERVE = 64 * 2**20  # [bytes] left free
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+RESTORE = "restore the file from a copy or rebuild the store"
 GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 
 log = logging.getLogger(__name__)
@@ -187,10 +188,16 @@ class Segment:
         self.codec: str = manifest["codec"]
         self._files: dict[str, list] = manifest["files"]
         self._layouts = {layout.name: layout for layout in segment_layouts(spec, manifest["frames"], self.codec)}
+        self._shards = {lay.shard_name(i): (lay, i) for lay in self._layouts.values() for i in range(lay.shards)}
         self._readers: dict[str, ShardReader] = {}
-        self._check_files()
+        self.episodes: list[dict[str, Any]] = []
+        expected = segment_files(tuple(self._layouts.values()))
+        if text := difference(sorted(expected), sorted(self._files), "files"):
+            raise StoreError(f"E_SCHEMA: {self.folder}.sealed.json: {text}")
+        self._check_sizes(self._files.keys() - self._shards.keys())
         self._check_metadata()
-        self.episodes: list[dict[str, Any]] = self._read_episodes(manifest["frames"])
+        self.episodes = self._read_episodes(manifest["frames"])
+        self._check_sizes(self._shards.keys())
 
     @property
     def bytes(self) -> int:
@@ -235,23 +242,27 @@ class Segment:
             yield size
 
     def _explain(self, name: str) -> None:
-        for layout in self._layouts.values():
-            for shard in range(layout.shards):
-                if layout.shard_name(shard) == name:
-                    ShardReader(self.folder, layout, self.locate).check_shard(shard)
-        raise StoreError(f"E_CHECKSUM: {self.folder / name}: SHA-256 differs from the manifest; restore it from a copy")
+        if name in self._shards:
+            layout, shard = self._shards[name]
+            ShardReader(self.folder, layout, self.locate).check_shard(shard)
+        raise StoreError(f"E_CHECKSUM: {self.folder / name}: SHA-256 differs from the manifest; {RESTORE}")
 
-    def _check_files(self) -> None:
-        expected = segment_files(tuple(self._layouts.values()))
-        if text := difference(sorted(expected), sorted(self._files), "files"):
-            raise StoreError(f"E_SCHEMA: {self.folder}.sealed.json: {text}")
-        for name, (size, _) in self._files.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise StoreError(f"E_CHUNK_MISSING: {path}: the file does not exist; restore it from a copy")
-            if (found := path.stat().st_size) != size:
-                code = "E_TRUNCATED" if found < size else "E_CHECKSUM"
-                raise StoreError(f"{code}: {path}: expected {size} bytes, found {found}; restore it from a copy")
+    def _check_sizes(self, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            path, expected = self.folder / name, self._files[name][0]
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise StoreError(f"E_CHUNK_MISSING: {path}: the file does not exist{self._begins(name)}; {RESTORE}")
+            if size != expected:
+                code = "E_TRUNCATED" if size < expected else "E_CHECKSUM"
+                what = f"expected {expected} bytes, found {size}"
+                raise StoreError(f"{code}: {path}: {what}{self._begins(name)}; {RESTORE}")
+
+    def _begins(self, name: str) -> str:
+        if name not in self._shards:
+            return ""
+        layout, shard = self._shards[name]
+        return f" (from {self.locate(shard * layout.shard_frames)} on)"
 
     def _check_metadata(self) -> None:
         expected = {f"{name}/zarr.json": layout.metadata() for name, layout in self._layouts.items()}
@@ -260,7 +271,7 @@ class Segment:
             if text := difference(expected.get(name, found), found):
                 raise StoreError(f"E_SCHEMA: {self.folder / name}: {text}")
             if _hash_file(self.folder / name)[1] != self._files[name][1]:
-                raise StoreError(f"E_CHECKSUM: {self.folder / name}: edited or damaged after sealing")
+                raise StoreError(f"E_CHECKSUM: {self.folder / name}: edited or damaged after sealing; {RESTORE}")
 
     def _read_episodes(self, frames: int) -> list[dict[str, Any]]:
         path = self.folder / "zarr.json"
@@ -567,9 +578,9 @@ def _read_manifest(store: Path, segment: str) -> dict[str, Any]:
         )
     body = {k: v for k, v in manifest.items() if k != "sha256"} if isinstance(manifest, dict) else {}
     if path.read_text() != canonical_json(body | {"sha256": sha256_json(body)}):
-        raise StoreError(f"E_CHECKSUM: {path}: the manifest is damaged; restore it from a copy")
+        raise StoreError(f"E_CHECKSUM: {path}: the manifest is damaged; {RESTORE}")
     if _hash_file(store / "zarr.json")[1] != body["store_sha256"]:
-        raise StoreError(f"E_CHECKSUM: {store / 'zarr.json'}: edited or damaged after segment {segment} was sealed")
+        raise StoreError(f"E_CHECKSUM: {store / 'zarr.json'}: changed after {segment} was sealed; {RESTORE}")
     if _read_json(store / "segments" / "zarr.json") != GROUP:
         raise StoreError(f"E_SCHEMA: {store / 'segments' / 'zarr.json'}: expected {canonical_json(GROUP)}")
     return body
@@ -803,7 +814,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise StoreError(f"E_SCHEMA: {path} is not JSON; restore it from a copy") from None
+        raise StoreError(f"E_SCHEMA: {path} is not JSON; {RESTORE}") from None
 
 
 def _member(values: Any, key: str) -> Any:
