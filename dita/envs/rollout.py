@@ -21,7 +21,7 @@ from dita.config import EnvConfig
 from dita.envs import make
 from dita.envs.base import RobotEnv
 from dita.envs.video import write_mp4
-from dita.envs.workers import Worker
+from dita.envs.workers import Worker, answered
 from dita.types import ActionChunk, EmbodimentSpec, RawObservation
 
 POLICY_NOISE = 3  # purpose of the random numbers that seed a policy call
@@ -245,7 +245,8 @@ def rollout(
 ) -> Iterator[EpisodeResult]:
     """Play every start and yield the results as they end.
 
-    All environments that wait are served in one padded batch; a free environment takes the next start.
+    The policy is called as soon as a batch of environments waits for it, while the others simulate: with n_envs twice
+    the batch_size neither side idles. A free environment takes the next start.
 
     Raises:
         RuntimeError: a worker process died; names its episode.
@@ -254,30 +255,33 @@ def rollout(
     waiting = deque(starts)
     workers = [Worker(Player, env, timing) for _ in range(min(n_envs, len(starts)))]
     playing: dict[Worker, _Playing] = {}
+    ready: dict[Worker, Sequence[RawObservation]] = {}  # those of them that wait for the policy
     try:
         for worker in workers:
             _next_start(worker, waiting, playing)
         while playing:
-            turns = {worker: worker.result() for worker in list(playing)}
-            for worker, turn in turns.items():
-                if turn.ended is not None:
+            for worker in answered([w for w in playing if w not in ready]):
+                turn: Turn = worker.result()
+                if turn.ended is None:
+                    ready[worker] = turn.history
+                else:
                     yield playing.pop(worker).result(turn.ended)
                     _next_start(worker, waiting, playing)
-            ready = [worker for worker, turn in turns.items() if turn.ended is None]
-            for i in range(0, len(ready), batch_size):
-                group = ready[i : i + batch_size]
-                began = time.perf_counter()
-                chunks = policy.predict_batch(
-                    [turns[w].history for w in group],
-                    [playing[w].noise_seed() for w in group],
-                    embodiment=embodiment,
-                    num_inference_steps=num_inference_steps,
-                    batch_size=batch_size,
-                )
-                seconds = time.perf_counter() - began
-                for worker, chunk in zip(group, chunks, strict=True):
-                    playing[worker].latency.append(seconds)
-                    worker.call(playing[worker].start.name, "run", _values(chunk, timing))
+            if not ready or len(ready) < min(batch_size, len(playing)):
+                continue
+            group = list(ready)[:batch_size]
+            began = time.perf_counter()
+            chunks = policy.predict_batch(
+                [ready.pop(worker) for worker in group],
+                [playing[worker].noise_seed() for worker in group],
+                embodiment=embodiment,
+                num_inference_steps=num_inference_steps,
+                batch_size=batch_size,
+            )
+            seconds = time.perf_counter() - began
+            for worker, chunk in zip(group, chunks, strict=True):
+                playing[worker].latency.append(seconds)
+                worker.call(playing[worker].start.name, "run", _values(chunk, timing))
     finally:
         for worker in workers:
             worker.close()

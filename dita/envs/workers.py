@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from multiprocessing.connection import Connection
+from collections.abc import Collection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
@@ -64,6 +65,12 @@ class Worker:
             f"the worker process of {self._job} died (exit code {self._process.exitcode}); if the kernel killed it, "
             "use fewer workers; --resume continues"
         )
+
+
+def answered(workers: Collection[Worker]) -> list[Worker]:
+    """Wait until a result of at least one of the workers is there; return those, in the given order."""
+    pipes = wait([w._pipe for w in workers])
+    return [w for w in workers if w._pipe in pipes]
 
 
 def _serve(pipe: Connection, cls: type, args: tuple[Any, ...]) -> None:
