@@ -1,0 +1,463 @@
+"""A demo folder -> one HTML page that stands alone: no script, no request; light and dark, phone and paper."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import av
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from statsmodels.stats.proportion import proportion_confint
+
+from dita.checkpoint import read_json
+
+PARTS = ("times.json", "train/config.json", "eval/eval_info.json", "live/live.json")
+STRIP_FRAMES = 6
+MAX_ROLLOUTS = 12  # shown with pictures; failures come first
+MAX_FAILURES = 20  # listed
+VIDEO_BYTES = 16 * 2**20  # embedded in all; a video beyond that is named only
+# drawn colour -> CSS variable: one SVG serves light and dark; Okabe & Ito (2008) for colour-blind eyes
+INK, GRID, BLUE, ORANGE, GREEN = "#010203", "#010204", "#0072b2", "#d55e00", "#009e73"
+CSS_COLOURS = {INK: "var(--ink)", GRID: "var(--grid)", BLUE: "var(--a)", ORANGE: "var(--b)", GREEN: "var(--c)"}
+RC: dict[Any, Any] = {
+    "svg.fonttype": "none", "svg.hashsalt": "dita", "font.size": 8, "axes.axisbelow": True, "axes.grid": True,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "legend.frameon": False,
+}  # fmt: skip
+Draw = Callable[[Axes], None]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a demo folder holds; a part that was not run is None or empty."""
+
+    folder: Path
+    times: Mapping[str, Any]  # step -> command, seconds
+    train: Mapping[str, Any] | None
+    log: Sequence[Mapping[str, float]]
+    evaluation: Mapping[str, Any] | None
+    episodes: Sequence[Mapping[str, Any]]
+    live: Mapping[str, Any] | None
+    videos: Sequence[Path]  # failures first; a trace of the same name lies beside each
+
+
+class Html(str):
+    """Text that is escaped already."""
+
+
+def report(folder: Path) -> Path:
+    """Write `folder/report.html` about what `dita demo` left in `folder`; a part that was not run is named as such.
+
+    Raises:
+        FileNotFoundError: no part of a demo is there, with what was looked for.
+        ValueError: a part is damaged or of another version, by name.
+    """
+    demo = read_demo(folder)
+    sections = (_headline, _evaluation, _live, _rollouts, _actions, _training, _data, _provenance)
+    try:
+        with matplotlib.rc_context(RC):
+            body = "\n".join(section(demo) for section in sections)
+    except KeyError as e:
+        raise ValueError(f"{folder}: a result has no {e}; written by another version? run its step again") from None
+    target, partial = folder / "report.html", folder / ".report.html.partial"
+    partial.write_text(PAGE.substitute(title=_escape(f"Dita: {folder.name}"), body=body), encoding="utf-8")
+    partial.replace(target)
+    return target
+
+
+def read_demo(folder: Path) -> Demo:
+    """Read the results below `folder`; raises as `report`."""
+    if not any((folder / part).is_file() for part in PARTS):
+        what = "holds no result of a demo" if folder.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{folder} {what}: looked for {', '.join(PARTS)}; give the out= folder of `dita demo`")
+    times, train, evaluation, live = (read_json(folder / p) if (folder / p).is_file() else None for p in PARTS)
+    log, episodes = _read_lines(folder / "train" / "log.jsonl"), _read_lines(folder / "eval" / "episodes.jsonl")
+    videos = sorted((folder / "eval" / "videos").glob("*/episode_*.mp4"), key=lambda p: (not _failed(p), p))
+    return Demo(folder, times or {}, train, log, evaluation, episodes, live, videos)
+
+
+# ---- sections
+
+
+def _headline(demo: Demo) -> str:
+    e, live, train = demo.evaluation, demo.live, demo.train
+    name = e["policy"]["name"] if e else train["policy"]["name"] if train else "unknown"
+    tasks = ", ".join(e["tasks"] if e else sorted({r["task"] for r in live["episodes"]}) if live else ())
+    steps = ", ".join(f"{step} {_duration(t['seconds'])}" for step, t in demo.times.items())
+    tiles = [("policy", name, f"{train['diffusion']['objective']}, {train['steps']} steps" if train else "not trained")]
+    tiles.append(("simulation", "-", "not run"))
+    if e:
+        note = f"of unseen starts; 95 % interval {_range(e['pooled']['interval'])}"
+        tiles[-1] = ("simulation", f"{e['pooled']['successes']} / {e['pooled']['episodes']}", note)
+    tiles.append(("live, over DDS", "-", "not run"))
+    if live:
+        note = f"image to command p50 {_ms(live['latency_ms']['p50'])}, p99 {_ms(live['latency_ms']['p99'])}"
+        tiles[-1] = ("live, over DDS", f"{live['successes']} / {len(live['episodes'])}", note)
+    seconds = sum(step["seconds"] for step in demo.times.values())
+    tiles.append(("time", _duration(seconds) if demo.times else "-", steps or "not recorded"))
+    cells = "".join(
+        f"<div><small>{_escape(what)}</small><strong>{_escape(value)}</strong><span>{_escape(note)}</span></div>"
+        for what, value, note in tiles
+    )
+    return f'<header><h1>Dita</h1><p>{_escape(tasks)}</p></header><div class="tiles">{cells}</div>'
+
+
+def _evaluation(demo: Demo) -> str:
+    e, title = demo.evaluation, "Simulation"
+    if e is None:
+        so_far = f" to the end ({len(demo.episodes)} episodes so far; --resume continues)" if demo.episodes else ""
+        return _section(title, _missing(f"evaluation{so_far}", f"eval {demo.folder}/train out={demo.folder}/eval"))
+    rows = [[task, *_rate(rate), f"{rate['mean_steps']:.0f}"] for task, rate in e["tasks"].items()]
+    if len(rows) > 1:
+        rows.append(["mean over tasks", *_rate(e["macro"]), ""])
+    table = _table(("task", "solved", "rate", "95 % interval", "", "mean length [steps]"), rows)
+    calls = [1e3 * s for episode in demo.episodes for s in episode["latency"]]
+
+    def draw_lengths(ax: Axes) -> None:
+        kinds = ((True, "solved", GREEN), (False, "failed", ORANGE))
+        steps = [[ep["steps"] for ep in demo.episodes if ep["success"] is won] for won, _, _ in kinds]
+        ax.hist(steps, bins=24, stacked=True, color=[k[2] for k in kinds], label=[k[1] for k in kinds])
+        ax.legend()
+
+    batch = f"policy call for up to {e['config']['batch_size']} environments [ms]"
+    draw_calls = _histogram(calls, 1e3 * e["latency_s"]["p50"], 1e3 * e["latency_s"]["p99"])
+    plots = [_plot("episode length [control steps]", "episodes", draw_lengths), _plot(batch, "calls", draw_calls)]
+    reasons = ", ".join(f"{reason}: {n}" for reason, n in e["reasons"].items())
+    rule = f"Rule: {e['rule']}. {e['distinct_starts']} distinct starts. Ends: {reasons}."
+    return _section(title, table, f"<p>{_escape(rule)}</p>", _grid(plots))
+
+
+def _live(demo: Demo) -> str:
+    live, title = demo.live, "Live: twin, policy and guard as three processes over DDS"
+    if live is None:
+        command = f"robot live checkpoint={demo.folder}/train out={demo.folder}/live"
+        return _section(title, _missing("live run", command))
+    columns = {
+        "task": "task", "seed": "seed", "end": "end", "reason": "fault", "steps": "steps", "seconds": "time [s]",
+        "chunks": "chunks", "p50_ms": "p50 [ms]", "real_time_factor": "real time", "slipped_s": "slipped [s]",
+    }  # fmt: skip
+    runs, latency, publish = live["episodes"], live["latency_ms"], live["publish"]
+    low, high = np.asarray(proportion_confint(live["successes"], len(runs), alpha=0.05, method="wilson")).tolist()
+    facts = [
+        ["solved", f"{live['successes']} of {len(runs)}, 95 % interval {_range((low, high))}"],
+        ["camera stamp to the first command of its chunk", _percentiles(latency)],
+        ["camera stamp to chunk", _percentiles(live["chunk_age_ms"])],
+        ["command period", f"mean {publish['period_mean_ms']:.2f} ms, max {publish['period_max_ms']:.1f} ms"],
+        ["publish jitter", f"{publish['jitter_std_ms']:.2f} ms standard deviation at {live['tick_hz']:g} Hz"],
+        ["late ticks (over two periods)", str(publish["late_ticks"])],
+        ["commands that the driver missed", str(live["deadline_misses"])],
+        ["steps that the driver clipped", str(sum(run["clipped"] for run in runs))],
+        ["commands that the driver refused", str(sum(run["refused"] for run in runs))],
+        ["real-time factor, worst episode", f"{live['real_time_factor']:.3f}"],
+        ["simulator warnings", str(live["simulator_warnings"])],
+    ]
+    draw = _histogram(latency["values"], latency["p50"], latency["p99"])
+    plots = [_plot("camera stamp to command [ms]", "chunks", draw)] if latency["values"] else []
+    return _section(
+        title,
+        _table(tuple(columns.values()), [[_number(run[key]) for key in columns] for run in runs]),
+        _grid([_table(("measure", "value"), facts), *plots]),
+        _grid([_envelope(live["envelope"]), _guard(live["guard"])]),
+    )
+
+
+def _envelope(envelope: Mapping[str, Any] | None) -> str:
+    title = "<h3>Judged on the wire, by a reader of its own</h3>"
+    if envelope is None:
+        return f"<div>{title}<p>No command was seen.</p></div>"
+    units = {"speed": "m/s", "acceleration": "m/s²", "jerk": "m/s³"}
+    peaks = {name: f"{value:.4g} {units[name]}" for name, value in envelope["peaks"].items()}
+    rows = [[name, str(n), peaks.get(name, "")] for name, n in envelope["violations"].items()]
+    about = f"<p>{envelope['commands']} commands, {envelope['non_finite']} not finite.</p>"
+    return f"<div>{title}{about}{_table(('limit', 'violations', 'highest seen'), rows)}</div>"
+
+
+def _guard(values: Mapping[str, float]) -> str:
+    kinds = ("average", "standard_deviation", "max")
+    names = [k.removesuffix(".average") for k in values if k.endswith(".average")]
+    statistics = {f"{name}.{kind}" for name in names for kind in kinds}
+    counts = [[k, f"{v:g}"] for k, v in sorted(values.items()) if k not in statistics]
+    rows = [[name, *(f"{1e3 * values[f'{name}.{kind}']:.3g}" for kind in kinds)] for name in names]
+    about = "<p>R0 dropped, R1 clamped, R2 decelerated and held, R3 fault until armed again.</p>"
+    tables = _table(("counter", "count"), counts) + _table(("[ms], or [mm] for _m", "mean", "std", "max"), rows)
+    return f"<div><h3>What the guard counted</h3>{about}{tables}</div>"
+
+
+def _rollouts(demo: Demo) -> str:
+    failures = [e for e in demo.episodes if not e["success"]]
+    parts = [_failures(demo, failures)] if failures else []
+    budget = VIDEO_BYTES
+    for path in demo.videos[:MAX_ROLLOUTS]:
+        budget -= path.stat().st_size
+        parts.append(_rollout(path, embed=budget >= 0))
+    if len(demo.videos) > MAX_ROLLOUTS:
+        parts.append(f"<p>{len(demo.videos) - MAX_ROLLOUTS} more: {_escape(demo.folder)}/eval/videos</p>")
+    if not demo.videos:
+        parts.append(_missing("videos", f"eval {demo.folder}/train out={demo.folder}/eval videos=3 --overwrite"))
+    return _section("Rollouts, failures first", *parts)
+
+
+def _failures(demo: Demo, failures: Sequence[Mapping[str, Any]]) -> str:
+    rows = [[f["task"], str(f["seed"]), f["reason"], str(f["steps"])] for f in failures[:MAX_FAILURES]]
+    more = f", the first {MAX_FAILURES} of {len(failures)}" if len(failures) > MAX_FAILURES else ""
+    where = f"env.tasks=[{failures[0]['task']}] seed={failures[0]['seed']} episodes=1"
+    command = f"dita eval {demo.folder}/train out={demo.folder}/replay {where}"
+    text = f"<p>Failed episodes{more}. To film one: <code>{_escape(command)}</code></p>"
+    return text + _table(("task", "seed", "end", "steps"), rows)
+
+
+def _rollout(path: Path, embed: bool) -> str:
+    trace = read_json(path.with_suffix(".json"))
+    outcome, seconds = "failure" if _failed(path) else "success", len(trace["executed"]) * trace["dt"]
+    with av.open(str(path)) as container:
+        rate = float(container.streams.video[0].average_rate or 1)
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    strip = ""
+    for i in np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames))).round().astype(int).tolist():
+        jpeg, stamp = io.BytesIO(), f"{min(i / rate, seconds):.2f} s"
+        imsave(jpeg, frames[i], format="jpeg", pil_kwargs={"quality": 80})
+        image = f'<img alt="{stamp}" src="{_uri("image/jpeg", jpeg.getvalue())}">'
+        strip += f"<figure>{image}<figcaption>{stamp}</figcaption></figure>"
+    source = _uri("video/mp4", path.read_bytes()) if embed else ""
+    video = f'<video controls loop muted playsinline src="{source}"></video>' if embed else ""
+    text = f"{outcome}: {trace['task']}, seed {trace['seed']}, {seconds:.2f} s{'' if embed else f'; video: {path}'}"
+    film = f'<div class="film">{video}<div class="strip">{strip}</div></div>'
+    return f'<article class="{outcome}"><h3>{_escape(text)}</h3>{film}</article>'
+
+
+def _actions(demo: Demo) -> str:
+    one_per_task = {path.parent.name: path for path in demo.videos}  # the last one: a success, where there is one
+    parts = []
+    for path in one_per_task.values():
+        trace = read_json(path.with_suffix(".json"))
+        names = [
+            f"{f['name']}{f'[{i}]' if f['size'] > 1 else ''} [{f['unit']}]"
+            for f in trace["action_fields"]
+            for i in range(f["size"])
+        ]
+        plots = [_plot("time [s]", name, _chunks(trace, dim), height=1.7) for dim, name in enumerate(names)]
+        if trace["chunks"]:  # a scripted expert predicts none
+            parts += [f"<h3>{_escape(trace['task'])}, seed {trace['seed']}</h3>", _grid(plots)]
+    about = "<p>Each thin line is a whole predicted chunk from its own step on; the thick one was sent.</p>"
+    missing = _missing("recorded chunks", f"eval {demo.folder}/train out={demo.folder}/eval videos=3 --overwrite")
+    return _section("Predicted against executed actions", *([about, *parts] if parts else [missing]))
+
+
+def _chunks(trace: Mapping[str, Any], dim: int) -> Draw:
+    def draw(ax: Axes) -> None:
+        dt, executed = trace["dt"], np.array(trace["executed"])[:, dim]
+        for number, chunk in enumerate(trace["chunks"]):
+            values = np.array(chunk["values"])[:, dim]
+            times = dt * (chunk["step"] + np.arange(len(values)))
+            ax.plot(times, values, color=ORANGE, linewidth=0.9, label="_" if number else "predicted")
+        ax.plot(dt * np.arange(len(executed)), executed, color=BLUE, linewidth=1.8, alpha=0.75, label="executed")
+        ax.margins(y=0.25)  # room for the legend
+        ax.legend(loc="upper right", ncols=2)
+
+    return draw
+
+
+def _training(demo: Demo) -> str:
+    config, log = demo.train, demo.log
+    if config is None or not log:
+        stores = f"data.stores=[{{path:{demo.folder}/demonstrations.zarr,weight:1}}]"
+        return _section("Training", _missing("training", f"train experiment=demo {stores} run={demo.folder}/train"))
+    curves = {
+        "training loss": [row["loss"] for row in log],
+        "learning rate": [row["lr"] for row in log],
+        "samples per second": [row["samples_per_s"] for row in log],
+        "time spent waiting for data [%]": [100 * r["data_s"] / (r["data_s"] + r["update_s"]) for r in log],
+    }
+
+    def curve(values: Sequence[float], scale: str) -> Draw:
+        def draw(ax: Axes) -> None:
+            ax.plot([row["step"] for row in log], values, color=BLUE, linewidth=1.2)
+            ax.set(yscale=scale, ylim=(None if scale == "log" else 0, None))
+
+        return draw
+
+    plots = [_plot("step", k, curve(values, "log" if "loss" in k else "linear")) for k, values in curves.items()]
+    facts = (
+        f"{log[-1]['step']} of {config['steps']} steps of {config['batch_size']} windows, "
+        f"{config['noise_samples_per_context']} noise samples each, seed {config['seed']}, {config['device']}, "
+        f"{config['precision']}; last loss {log[-1]['loss']:.4f}"
+    )
+    return _section("Training", f"<p>{_escape(facts)}</p>", _grid(plots))
+
+
+def _data(demo: Demo) -> str:
+    sheet = demo.folder / "demonstrations.png"
+    if not sheet.is_file():
+        missing = _missing("contact sheet", f"inspect {demo.folder}/demonstrations.zarr --sheet {sheet}")
+        return _section("Demonstrations", missing)
+    image = f'<img class="wide" alt="frames of sampled episodes" src="{_uri("image/png", sheet.read_bytes())}">'
+    return _section("Demonstrations", image)
+
+
+def _provenance(demo: Demo) -> str:
+    steps = [
+        f"<p>{_escape(step)}, {_duration(t['seconds'])}: <code>dita {_escape(' '.join(t['command']))}</code></p>"
+        for step, t in demo.times.items()
+    ]
+    facts: list[list[str]] = []
+    if demo.evaluation:
+        mark = dict(demo.evaluation["fingerprint"])
+        facts = [[k, str(v)] for k, v in (mark.pop("versions") | mark).items()]
+        facts += [[f"policy {k}", v] for k, v in demo.evaluation["policy"].items()]
+    return _section("How this was made", *steps, _table(("what", "value"), facts) if facts else "")
+
+
+# ---- pieces
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{_escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _missing(what: str, command: str) -> str:
+    return f'<p class="missing">not run: {_escape(what)}; command: <code>dita {_escape(command)}</code></p>'
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        inside = (c if isinstance(c, Html) else _escape(c) for c in cells)
+        return f"<tr>{''.join(f'<{tag}>{c}</{tag}>' for c in inside)}</tr>"
+
+    return f'<div class="scroll"><table>{line("th", head)}{"".join(line("td", row) for row in rows)}</table></div>'
+
+
+def _rate(rate: Mapping[str, Any]) -> list[str]:
+    (low, high), mean = rate["interval"], rate["success_rate"]
+    band = f'<i style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>'
+    bar = Html(f'<span class="interval">{band}<b style="left:{100 * mean:.1f}%"></b></span>')
+    return [f"{rate['successes']} / {rate['episodes']}", f"{mean:.0%}", _range((low, high)), bar]
+
+
+def _grid(cells: Sequence[str]) -> str:
+    return f'<div class="grid">{"".join(cells)}</div>'
+
+
+def _plot(x: str, y: str, draw: Draw, height: float = 2.4) -> str:
+    figure = Figure(figsize=(4.3, height), layout="constrained")
+    ax = figure.subplots()
+    draw(ax)
+    ax.set(xlabel=x, ylabel=y)
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    svg = buffer.getvalue()
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])  # the same ids stand in every plot
+    for colour, variable in CSS_COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return f'<figure role="img" aria-label="{_escape(f"{y} over {x}")}">{svg}</figure>'
+
+
+def _histogram(values: Sequence[float], p50: float, p99: float) -> Draw:
+    def draw(ax: Axes) -> None:
+        ax.hist(values, bins=40, color=BLUE)
+        ax.axvline(p50, color=GREEN, label=f"p50 {p50:.1f}")
+        ax.axvline(p99, color=ORANGE, linestyle="--", label=f"p99 {p99:.1f}")
+        ax.legend()
+
+    return draw
+
+
+def _escape(text: object) -> str:
+    return html.escape(str(text))
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _range(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.0%} .. {interval[1]:.0%}"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f} ms"
+
+
+def _percentiles(latency: Mapping[str, Any]) -> str:
+    return f"p50 {_ms(latency['p50'])}, p99 {_ms(latency['p99'])}, {latency['n']} chunks"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _failed(video: Path) -> bool:
+    return video.stem.endswith("_failure")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSONL; a last line that a kill cut short is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON lines: {e}") from None
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1c2126; --soft: #5d6872; --paper: #ffffff; --card: #f3f5f7; --grid: #dfe3e7;
+  --a: #0072b2; --b: #d55e00; --c: #00805e }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa6b2; --paper: #14181c; --card: #1e242a;
+  --grid: #333b43; --a: #56b4e9; --b: #f08c3c; --c: #2fc598 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 68rem; padding: 1.2rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { margin: 0; font-size: 1.8rem } h2 { margin: 2.4rem 0 .6rem; font-size: 1.25rem }
+h3 { margin: 1rem 0 .4rem; font-size: 1rem } header p { margin: 0 0 1rem; color: var(--soft) }
+code { font-size: .85em } figure { margin: 0 } svg { display: block; width: 100%; height: auto }
+.tiles, .grid { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
+.grid { gap: .8rem 2rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
+.grid > * { min-width: 0 }
+.tiles div, article, .missing { background: var(--card); border-radius: .5rem; padding: .7rem .9rem }
+.tiles small, .tiles span { display: block; color: var(--soft); font-size: .85rem }
+.tiles strong { display: block; font-size: 1.7rem; line-height: 1.3 }
+.missing { border-left: .3rem solid var(--b) }
+.scroll { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse; font-size: .9rem }
+th, td { text-align: left; padding: .25rem 1.1rem .25rem 0; border-bottom: 1px solid var(--grid); vertical-align: top;
+  font-variant-numeric: tabular-nums; white-space: nowrap; overflow-wrap: normal }
+th { color: var(--soft); font-weight: 600 }
+.interval { position: relative; display: inline-block; width: 9rem; height: .8rem; background: var(--grid);
+  border-radius: .2rem; print-color-adjust: exact }
+.interval i { position: absolute; height: 100%; background: var(--a); opacity: .55; border-radius: .2rem }
+.interval b { position: absolute; top: -.15rem; width: .2rem; margin-left: -.1rem; height: 1.1rem;
+  background: var(--ink) }
+.wide { max-width: 100%; border-radius: .4rem }
+article { margin: .8rem 0; border-left: .3rem solid var(--c) } article.failure { border-left-color: var(--b) }
+article h3 { margin-top: 0 } .film { display: flex; gap: .8rem; flex-wrap: wrap }
+.film video { width: 12rem; max-width: 100%; border-radius: .3rem }
+.strip { flex: 1 1 16rem; display: grid; gap: .3rem; grid-template-columns: repeat(auto-fit, minmax(5.5rem, 1fr)) }
+.strip img { display: block; width: 100%; border-radius: .3rem }
+figcaption { color: var(--soft); font-size: .75rem }
+@media (max-width: 40rem) { th, td { white-space: normal; padding-right: .6rem } .interval { width: 4rem } }
+@media print { body { max-width: none; font-size: 11px } video { display: none }
+  article, figure, tr { break-inside: avoid } }
+</style></head>
+<body>
+$body
+</body></html>
+""")
