@@ -94,7 +94,11 @@ class Bus(Protocol):
         ...
 
     def shutdown(self) -> None:
-        """Leave the graph and let `spin` return; callable more than once and from a callback."""
+        """Let `spin` return; callable more than once, from a callback and from any thread."""
+        ...
+
+    def close(self) -> None:
+        """Leave the graph; nothing of this bus may be used after."""
         ...
 
     def writers(self, topic: str) -> List[Writer]:

@@ -198,6 +198,8 @@ class Judge:
         bus.subscribe(DIAGNOSTICS, m.DIAGNOSTICS, STATE, self._on_diagnostics)
 
     def _on_contract(self, message: Any) -> None:
+        if self.robot is not None:  # the first one is what the run is judged by
+            return
         self.contract = m.json_from_ros(message)
         self.robot = parse_robot(self.contract["embodiment"])
         self.envelope = EnvelopeReader(self.robot.limits)
@@ -411,7 +413,7 @@ def live(config: "LiveConfig", commands: Optional[Mapping[str, Sequence[str]]] =
         for name, command in {**commands_of(config), **(commands or {})}.items():
             children.start(name, command)
         bus = open_bus(name="live", **_bus_arguments(config))
-        stack.callback(bus.shutdown)
+        stack.callback(bus.close)
         judge = Judge(bus)
         operator = Operator(bus, judge, children)
         progress = stack.enter_context(_progress(config.episodes))

@@ -120,6 +120,10 @@ class GuardNode:
         if self.guard is not None:
             self.guard.disarm("stopped")
 
+    def close(self) -> None:
+        """Leave the graph."""
+        self.bus.close()
+
     def _anchor(self) -> None:
         """Tie the grid of ticks to both clocks."""
         self._steady, self._wall = self.bus.steady(), self.bus.now()
@@ -294,8 +298,11 @@ class PolicyNode:
         self.bus.shutdown()
 
     def close(self) -> None:
-        """Wait for the inference thread."""
+        """Wait for the inference thread, leave the graph, and raise what inference raised."""
         self._loop.stop()
+        self.bus.close()
+        if self.error is not None:
+            raise self.error
 
     def _sources(self) -> List[str]:
         tool = [TOOL_POSE for f in self.robot.state if is_tool(f)]
@@ -401,8 +408,9 @@ class TwinNode:
         self.bus.shutdown()
 
     def close(self) -> None:
-        """Free the simulator's renderers."""
+        """Free the simulator's renderers and leave the graph."""
         self.env.close()
+        self.bus.close()
 
     def _on_episode(self, message: Any) -> None:
         order = m.json_from_ros(message)
@@ -593,10 +601,7 @@ def _serve(node: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: node.stop())
     node.bus.spin()
-    if hasattr(node, "close"):
-        node.close()
-    if getattr(node, "error", None) is not None:
-        raise node.error
+    node.close()
 
 
 NODES: Dict[str, Callable[..., None]] = {"guard": guard, "policy": policy, "twin": twin}
