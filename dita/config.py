@@ -35,6 +35,11 @@ def _require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_positive(config: Any, where: str, *keys: str) -> None:
+    for key in keys:
+        _require(getattr(config, key) >= 1, f"{where}: {key} must be at least 1, got {getattr(config, key)}")
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """Images -> tokens."""
@@ -215,6 +220,11 @@ class CollectConfig:
     workers: int
     codec: Literal["raw", "jpeg"]
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "collect", "episodes", "workers")
+        _require(self.seed >= 0, f"collect: seed must not be negative, got {self.seed}")
+        _require(self.action_noise >= 0, f"collect: action_noise must not be negative, got {self.action_noise}")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -232,6 +242,13 @@ class EvalConfig:
     device: str
     threads: int
 
+    def __post_init__(self) -> None:
+        _require_positive(self, "eval", "episodes", "n_envs", "batch_size")
+        _require(self.seed >= 0, f"eval: seed must not be negative, got {self.seed}")
+        for key in ("n_action_steps", "num_inference_steps"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"eval: {key} must be at least 1, or null for the checkpoint's")
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -245,3 +262,34 @@ class DemoConfig:
     eval_episodes: int  # unseen starts per task
     live_episodes: int
     live_task: str
+
+
+@dataclass(frozen=True)
+class LiveConfig:
+    """`dita robot live`: twin, policy and guard as three processes over DDS; times in seconds."""
+
+    checkpoint: str
+    out: str  # folder; gets live.json
+    env: EnvConfig
+    episodes: int  # in total; the env's tasks take turns
+    seed: int  # of the first start
+    bus: Literal["dds", "rclpy"]
+    domain_id: int  # as ROS_DOMAIN_ID
+    real_time_factor: float  # below 1: slow motion for every process alike
+    tick_hz: float  # guard
+    state_timeout: float  # guard: older measured state is a fault
+    stream_timeout: float  # guard: no action for this long, hold
+    hold_timeout: float  # guard: held for this long, fault
+    max_skew: float  # guard: clocks may differ by this much
+    clamp_margin: float  # guard: excess of an action that is clamped, as a share of its half range
+    command_timeout: float  # twin: the driver's
+    slop: float  # policy: spread of the stamps in one observation
+    max_age: float  # policy: oldest observation to act on
+    replan_interval: float  # policy: least time between two observations to plan from; 0: as fast as it can
+    num_inference_steps: int | None  # None: the checkpoint's
+    start_timeout: float  # until every process has joined
+    episode_timeout: float  # until an episode is over
+
+    def __post_init__(self) -> None:
+        _require(self.episodes > 0, f"robot.episodes must be positive, got {self.episodes}")
+        _require(0 < self.real_time_factor <= 1, f"robot.real_time_factor is in (0, 1], got {self.real_time_factor}")

@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from rich.table import Table
 from statsmodels.stats.proportion import proportion_confint
 
 from dita.config import EvalConfig, to_dict
+from dita.datasets.shards import difference
 from dita.embodiment import canonical_json, load_embodiment
 from dita.envs import check_tasks
 from dita.envs.rollout import EpisodeResult, Start, Timing, rollout
@@ -117,7 +117,6 @@ def evaluate(
     asked = {"config": to_dict(config), "policy": identity(policy)}
     done = _open(out, asked, exist)
     todo = [s for s in _starts(config, out) if (s.task, s.index) not in done]
-    began = time.monotonic()
     with _progress() as progress, (out / "episodes.jsonl").open("a") as lines:
         bar = progress.add_task("eval", total=len(done) + len(todo), completed=len(done), rate=_running(done))
         episodes = rollout(
@@ -130,7 +129,7 @@ def evaluate(
             done[episode.task, episode.index] = episode
             progress.update(bar, advance=1, rate=_running(done))
     result = summarise([done[s.task, s.index] for s in _starts(config, out)])
-    _write(out / "eval_info.json", _info(result, asked, time.monotonic() - began))
+    _write(out / "eval_info.json", _info(result, asked))
     _print(result, out)
     return result
 
@@ -220,12 +219,11 @@ def _open(out: Path, asked: Mapping[str, Any], exist: str) -> dict[tuple[str, in
 
 def _same(before: Mapping[str, Any], asked: Mapping[str, Any], out: Path) -> None:
     def compared(values: Mapping[str, Any]) -> dict[str, Any]:
-        config = {k: v for k, v in values["config"].items() if k not in FREE}
-        return json.loads(canonical_json({**config, **{f"policy.{k}": v for k, v in values["policy"].items()}}))
+        config = {key: value for key, value in values["config"].items() if key not in FREE}
+        return json.loads(canonical_json({**config, "policy": values["policy"]}))
 
-    a, b = compared(before), compared(asked)
-    if different := [f"{k}: {a.get(k)} there, {b.get(k)} asked" for k in sorted(a | b) if a.get(k) != b.get(k)]:
-        raise ValueError(f"{out} holds another evaluation ({'; '.join(different)}); choose another out= or --overwrite")
+    if text := difference(compared(asked), compared(before)):
+        raise ValueError(f"{out} holds another evaluation ({text}); choose another out= or --overwrite")
 
 
 def _episode(values: Mapping[str, Any]) -> EpisodeResult:
@@ -246,7 +244,7 @@ def _macro(tasks: Sequence[Rate]) -> Rate:
     return Rate(total, wins, mean, (mean - float(below), mean + float(above)))
 
 
-def _info(result: EvalResult, asked: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+def _info(result: EvalResult, asked: Mapping[str, Any]) -> dict[str, Any]:
     episodes = result.episodes
     return {
         "rule": RULE,
@@ -259,7 +257,6 @@ def _info(result: EvalResult, asked: Mapping[str, Any], seconds: float) -> dict[
         "latency_s": {"p50": result.latency[0], "p99": result.latency[1]},
         "distinct_starts": len({e.start_hash for e in episodes}),
         "reasons": {r: sum(e.reason == r for e in episodes) for r in sorted({e.reason for e in episodes})},
-        "seconds": seconds,  # of this call; a continued evaluation took longer
         "fingerprint": fingerprint(),
         **asked,
     }

@@ -343,6 +343,10 @@ def test_an_unknown_task_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="unknown task 'button'"):
         collect(config, exist="error")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="collect: workers must be at least 1, got 0"):
+        replace(config, workers=0)
+    with pytest.raises(ValueError, match="action_noise must not be negative"):
+        replace(config, action_noise=-0.1)
 
 
 # --- rollouts

@@ -92,9 +92,9 @@ def test_expert_and_zero_bound_the_scale_and_write_every_file(tmp_path):
 
     with pytest.raises(FileExistsError, match="--resume continues it"):
         evaluate(Expert(), config, exist="error")
-    with pytest.raises(ValueError, match=r"policy.name: expert there, zero asked.*--overwrite"):
+    with pytest.raises(ValueError, match=r"policy.name: expected \"zero\", found \"expert\".*--overwrite"):
         evaluate(Zero(SPEC), config, exist="resume")
-    with pytest.raises(ValueError, match="seed: 1000000 there, 5 asked"):
+    with pytest.raises(ValueError, match="seed: expected 5, found 1000000"):
         evaluate(Expert(), replace(config, seed=5), exist="resume")
     short = replace(config, env=replace(config.env, max_steps=16, tasks=(REACH,)), episodes=1, videos=0)
     floor = evaluate(Zero(SPEC), short, exist="overwrite")
@@ -146,6 +146,8 @@ def test_bad_input_leaves_nothing_behind(tmp_path, spec):
         evaluate(Expert(), replace(config, env=replace(config.env, tasks=("buton",))), exist="error")
     with pytest.raises(ValueError, match="'metaworld_sawyer' is not in the checkpoint; it knows"):
         evaluate(make_policy(spec), config, exist="error")
+    with pytest.raises(ValueError, match="eval: n_envs must be at least 1, got 0"):
+        replace(config, n_envs=0)
     with pytest.raises(ValueError, match="n_action_steps 7 exceeds the checkpoint's chunk_size 6"):
         evaluate(make_policy(SPEC), replace(config, n_action_steps=7), exist="error")
     assert not list(tmp_path.iterdir())
