@@ -23,7 +23,7 @@ from dita.embodiment import load_embodiment
 from dita.envs import SUITES, check_tasks, gl, make
 from dita.envs.base import RobotEnv, WithImages
 from dita.envs.collect import HOLD_STEPS, collect, demonstrate
-from dita.envs.rollout import EpisodeResult, Start, Timing, rollout
+from dita.envs.rollout import EpisodeResult, Player, Start, Timing, rollout
 from dita.envs.video import write_mp4
 from dita.envs.workers import Worker
 from dita.types import ActionChunk
@@ -439,6 +439,17 @@ def test_an_action_that_is_not_finite_fails_its_episode_only(tmp_path):
 
     reasons = [(r.task, r.success, r.reason) for r in run(Broken(), starts(tmp_path, 2), n_envs=2)]
     assert reasons == [(BUTTON, False, "max_steps"), (DRAWER, False, "an action is not finite")]
+
+
+def test_a_warning_of_the_simulator_fails_the_episode(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
+    player = Player(ENV, Timing(1, 4, 8))
+    assert player.start(Start(BUTTON, 0, 0, None)).ended is None
+    player._env._env.data.qvel[:] = 1e12  # pyright: ignore
+    ended = player.run(np.zeros((8, 4), np.float32)).ended
+    assert ended is not None and ended["reason"].startswith("MuJoCo warned: mjWARN_BAD")
+    assert (ended["success"], ended["steps"]) == (False, 1) and ended["warnings"]
+    player.close()
 
 
 def test_a_dead_worker_is_an_error_that_names_its_episode(tmp_path):
