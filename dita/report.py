@@ -178,7 +178,7 @@ def _envelope(envelope: Mapping[str, Any] | None) -> str:
     if envelope is None:
         return f"<div>{title}<p>No command was seen.</p></div>"
     units = {"speed": "m/s", "acceleration": "m/s²", "jerk": "m/s³"}
-    peaks = {name: f"{value:.4g} {units[name]}" for name, value in envelope["peaks"].items()}
+    peaks = {name: f"{value:,.2f} {units[name]}" for name, value in envelope["peaks"].items()}
     rows = [[name, str(n), peaks.get(name, "")] for name, n in envelope["violations"].items()]
     about = f"<p>{envelope['commands']} commands, {envelope['non_finite']} not finite.</p>"
     return f"<div>{title}{about}{_table(('limit', 'violations', 'highest seen'), rows)}</div>"
@@ -426,13 +426,13 @@ PAGE = Template("""<!doctype html>
   --grid: #333b43; --a: #56b4e9; --b: #f08c3c; --c: #2fc598 } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 68rem; padding: 1.2rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
 h1 { margin: 0; font-size: 1.8rem } h2 { margin: 2.4rem 0 .6rem; font-size: 1.25rem }
 h3 { margin: 1rem 0 .4rem; font-size: 1rem } header p { margin: 0 0 1rem; color: var(--soft) }
 code { font-size: .85em } figure { margin: 0 } svg { display: block; width: 100%; height: auto }
 .tiles, .grid { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
 .grid { gap: .8rem 2rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
-.grid > * { min-width: 0 }
+.grid > * { min-width: 0 } .grid th, .grid td { white-space: normal }
 .tiles div, article, .missing { background: var(--card); border-radius: .5rem; padding: .7rem .9rem }
 .tiles small, .tiles span { display: block; color: var(--soft); font-size: .85rem }
 .tiles strong { display: block; font-size: 1.7rem; line-height: 1.3 }
@@ -453,9 +453,9 @@ article h3 { margin-top: 0 } .film { display: flex; gap: .8rem; flex-wrap: wrap 
 .strip { flex: 1 1 16rem; display: grid; gap: .3rem; grid-template-columns: repeat(auto-fit, minmax(5.5rem, 1fr)) }
 .strip img { display: block; width: 100%; border-radius: .3rem }
 figcaption { color: var(--soft); font-size: .75rem }
-@media (max-width: 40rem) { th, td { white-space: normal; padding-right: .6rem } .interval { width: 4rem } }
-@media print { body { max-width: none; font-size: 11px } video { display: none }
-  article, figure, tr { break-inside: avoid } }
+@media (max-width: 40rem) { th, td { white-space: normal; padding-right: .6rem } .interval { display: none } }
+@media print { :root { font-size: 10px } body { max-width: none } video { display: none }
+  article, figure, tr { break-inside: avoid } h2, h3 { break-after: avoid } }
 </style></head>
 <body>
 $body
