@@ -25,6 +25,7 @@ class SimState:
     steps: int
     success: bool
     physics: Float64[np.ndarray, "n"]
+    full_observation: Float64[np.ndarray, "o"]  # what the expert sees
     attributes: dict[str, Any]  # the suite's own Python state
 
 

@@ -197,17 +197,14 @@ class MetaWorldEnv(RobotEnv):
         model, data = self._env.model, self._env.data
         physics = np.empty(mujoco.mj_stateSize(model, PHYSICS))
         mujoco.mj_getState(model, data, physics, PHYSICS)
-        attributes = {k: v for k, v in vars(self._env).items() if _is_value(v)}
-        return SimState(
-            self.task, self.seed, self.steps, self.success, physics, copy.deepcopy(attributes | {"": self._full})
-        )
+        attributes = copy.deepcopy({k: v for k, v in vars(self._env).items() if _is_value(v)})
+        return SimState(self.task, self.seed, self.steps, self.success, physics, self._full.copy(), attributes)
 
     def set_state(self, state: SimState) -> None:
         """Restore a saved state of any task."""
         self.reset(seed=state.seed, options={"task": state.task})
-        attributes = copy.deepcopy(state.attributes)
-        self._full = attributes.pop("")
-        vars(self._env).update(attributes)
+        vars(self._env).update(copy.deepcopy(state.attributes))
+        self._full = state.full_observation.copy()
         model, data = self._env.model, self._env.data
         mujoco.mj_setState(model, data, state.physics, PHYSICS)
         mujoco.mj_forward(model, data)  # positions of bodies and sites, contacts
