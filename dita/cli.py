@@ -165,12 +165,9 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _robot(args: argparse.Namespace, overrides: list[str]) -> None:
     config = compose("robot", overrides, LiveConfig)
-    from robot_io import nodes
+    from robot_io.live import run_role
 
-    run: dict[str, Callable[..., Any]] = {
-        "live": nodes.live, "twin": nodes.twin, "policy": nodes.policy, "guard": nodes.guard,
-    }  # fmt: skip
-    run[args.role](config)
+    run_role(args.role, config, args.exist)
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -44,7 +44,7 @@ LOOPBACK_XML = """<CycloneDDS><Domain Id="any">
 <Discovery><ParticipantIndex>auto</ParticipantIndex><MaxAutoParticipantIndex>31</MaxAutoParticipantIndex>
 <Peers><Peer address="127.0.0.1"/></Peers><SPDPInterval>1s</SPDPInterval><LeaseDuration>3s</LeaseDuration></Discovery>
 <Internal><SocketReceiveBufferSize max="4MB"/></Internal>
-<Tracing><Verbosity>severe</Verbosity></Tracing>
+<Tracing><Verbosity>severe</Verbosity><OutputFile>stderr</OutputFile></Tracing>
 </Domain></CycloneDDS>"""
 
 BASE = {

@@ -34,6 +34,7 @@ from robot_io.nodes import (
     EPISODE_STATE,
     EXECUTED,
     GUARD_STATE,
+    NODES,
     TARGET_POSE,
     TOOL_POSE,
 )
@@ -364,13 +365,12 @@ def _play_one(operator: Operator, config: "LiveConfig") -> Dict[str, Any]:
     return {**twin, **record, "chunks": latency["n"], "p50_ms": latency["p50"]}
 
 
-def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
-    """Return the command line of each process."""
-    bus = _bus_arguments(config)
+def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
+    """Return the arguments of each node's entry in `robot_io.nodes`."""
     guard = {"tick_hz", "state_timeout", "stream_timeout", "hold_timeout", "max_skew", "clamp_margin"}
     values: Dict[str, Dict[str, Any]] = {
         "guard": {name: getattr(config, name) for name in guard},
-        "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout},
+        "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
         "policy": {
             "checkpoint": config.checkpoint,
             "embodiment": config.env.embodiment,
@@ -381,31 +381,56 @@ def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
             "interval": config.replan_interval,
         },
     }
+    return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
+
+
+def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
+    """Return the command line of each process."""
+    python = [sys.executable, "-m", "robot_io.nodes"]
     return {
-        name: [sys.executable, "-m", "robot_io.nodes", name, json.dumps({"bus": bus, **arguments}), "--with-parent"]
-        for name, arguments in values.items()
+        name: [*python, name, json.dumps(arguments), "--with-parent"]
+        for name, arguments in arguments_of(config).items()
     }
+
+
+def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
+    """Run `live`, or one of its nodes by itself.
+
+    Raises:
+        ValueError: no such role.
+    """
+    if role == "live":
+        live(config, exist=exist)
+    elif role in NODES:
+        NODES[role](**arguments_of(config)[role])
+    else:
+        raise ValueError(f"no role {role!r}; there are live, {', '.join(NODES)}")
 
 
 def _bus_arguments(config: "LiveConfig") -> Dict[str, Any]:
     return {"kind": config.bus, "domain_id": config.domain_id, "rate": config.real_time_factor}
 
 
-def live(config: "LiveConfig", commands: Optional[Mapping[str, Sequence[str]]] = None) -> Dict[str, Any]:
+def live(
+    config: "LiveConfig", commands: Optional[Mapping[str, Sequence[str]]] = None, exist: str = "error"
+) -> Dict[str, Any]:
     """Run the live stack and write `live.json` into the output folder.
 
     Args:
         config: every knob.
         commands: other command lines for some of the processes, for tests and other robots.
+        exist: what to do with a result that is there: "error", "resume" (it is the result) or "overwrite".
 
     Raises:
-        FileExistsError: the folder has a result already.
+        FileExistsError: the folder has a result already, and `exist` is "error".
         TimeoutError: a process did not join or answer; says which topic, type and QoS, after how long.
         ChildProcessError: a process ended by itself; with its name and last lines.
     """
     target = Path(config.out) / "live.json"
-    if target.exists():
-        raise FileExistsError(f"{target} exists; choose another folder or remove it")
+    if target.exists() and exist == "resume":
+        return json.loads(target.read_text(encoding="utf-8"))
+    if target.exists() and exist != "overwrite":
+        raise FileExistsError(f"{target} exists; --resume keeps it, --overwrite replaces it")
     slow = 1 / config.real_time_factor
     with contextlib.ExitStack() as stack:
         stack.enter_context(_terminate_as_interrupt())

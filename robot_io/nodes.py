@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import fields
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -414,8 +415,11 @@ class TwinNode:
 
     def _on_episode(self, message: Any) -> None:
         order = m.json_from_ros(message)
-        if order["episode"] == self._episode.get("episode"):
-            return
+        if order["episode"] != self._episode.get("episode"):
+            self.reset(order)
+
+    def reset(self, order: Mapping[str, Any]) -> None:
+        """Begin an episode: its number, task and seed."""
         self.env.reset(seed=order["seed"], options={"task": order["task"]})
         self._target: Optional[np.ndarray] = None
         self._target_time = -np.inf
@@ -579,13 +583,14 @@ def policy(
     _serve(node)
 
 
-def twin(*, bus: Mapping[str, Any], env: Mapping[str, Any], command_timeout: float) -> None:
+def twin(*, bus: Mapping[str, Any], env: Mapping[str, Any], command_timeout: float, seed: int) -> None:
     """Run a simulated arm until it is stopped.
 
     Args:
         bus: arguments of `open_bus`.
         env: plain values of `dita.config.EnvConfig`.
         command_timeout: of the driver [s].
+        seed: of the start that it shows until it is reset.
     """
     from dita.config import EnvConfig, from_dict
     from dita.embodiment import embodiment_to_dict
@@ -593,7 +598,9 @@ def twin(*, bus: Mapping[str, Any], env: Mapping[str, Any], command_timeout: flo
 
     config = from_dict(EnvConfig, env, "env")
     made = make(config, config.tasks[0])
-    _serve(TwinNode(open_bus(name="twin", **bus), made, embodiment_to_dict(made.embodiment), command_timeout))
+    node = TwinNode(open_bus(name="twin", **bus), made, embodiment_to_dict(made.embodiment), command_timeout)
+    node.reset({"episode": -1, "task": config.tasks[0], "seed": seed})
+    _serve(node)
 
 
 def _serve(node: Any) -> None:
@@ -602,6 +609,16 @@ def _serve(node: Any) -> None:
         signal.signal(number, lambda *_: node.stop())
     node.bus.spin()
     node.close()
+
+
+def ros2_guard() -> None:
+    """Run the guard as a ROS 2 lifecycle node (`ros2 run robot_io guard`); its knobs are node parameters."""
+    bus = open_bus("rclpy", "guard", int(os.environ.get("ROS_DOMAIN_ID", "0")))
+    values = {field.name: bus.param(field.name, 0.0) for field in fields(GuardConfig) if field.name != "tick"}
+    tick_hz = bus.param("tick_hz", 0.0)
+    if not tick_hz > 0:
+        raise ValueError("guard: set its parameters (tick_hz, ...), as launch/dita.launch.py does")
+    _serve(GuardNode(bus, GuardConfig(tick=1.0 / tick_hz, **values)))
 
 
 NODES: Dict[str, Callable[..., None]] = {"guard": guard, "policy": policy, "twin": twin}

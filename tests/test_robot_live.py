@@ -1,11 +1,13 @@
 """Twin, policy and guard as three processes over DDS: a point for an arm and a rule for a policy, but a real wire."""
 
+import ast
 import contextlib
 import json
 import os
 import signal
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from fake_robot import EMBODIMENT, GOAL
 from dita.config import LiveConfig, from_dict
 from robot_io import messages as m
 from robot_io.bus import COMMAND, LATCHED, STATE, open_bus
+from robot_io.core.guard import GuardConfig
 from robot_io.live import Children, Judge, Operator, commands_of, live
 from robot_io.nodes import CHUNK, CONTRACT, GRIPPER, TARGET_POSE, main
 
@@ -24,6 +27,7 @@ HERE = Path(__file__).parent
 
 def config(tmp_path, domain_id, **changes):
     values = yaml.safe_load((HERE.parent / "configs" / "robot.yaml").read_text())
+    del values["defaults"]
     env = {"suite": "fake", "embodiment": "point", "tasks": ("go",), "max_steps": 400, "fast_render": True}
     values.update(checkpoint="none", out=str(tmp_path / "out"), env=env, domain_id=domain_id, start_timeout=30.0)
     return from_dict(LiveConfig, {**values, **changes}, "robot")
@@ -116,6 +120,7 @@ def test_two_episodes_reach_the_goal_over_the_wire_and_are_accounted_for(tmp_pat
     assert 0 < result["real_time_factor"] <= 1 and result["publish"]["period_mean_ms"] == pytest.approx(6.25, rel=0.2)
     with pytest.raises(FileExistsError, match=r"live\.json exists"):
         live(c, fakes(71))
+    assert live(c, fakes(71), exist="resume") == result
 
 
 def test_killed_policy_mid_motion_is_a_stop_within_limits_and_then_a_fault(stack, tmp_path):
@@ -240,6 +245,14 @@ def test_node_mistakes_are_one_line_and_an_exit_code(arguments, code, says, caps
     assert main(arguments) == code
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1
+
+
+def test_launch_file_starts_the_guard_with_the_shipped_values():
+    tree = ast.parse((HERE.parent / "robot_io" / "launch" / "dita.launch.py").read_text())
+    guard = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign))
+    shipped = yaml.safe_load((HERE.parent / "configs" / "robot.yaml").read_text())
+    assert guard == {name: shipped[name] for name in guard}
+    assert set(guard) == {"tick_hz"} | {f.name for f in fields(GuardConfig)} - {"tick"}
 
 
 def test_live_config_refuses_what_makes_no_sense(tmp_path):
