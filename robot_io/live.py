@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 LAST_LINES = 12  # of a crashed child
 GAP_S = 0.05  # a longer pause in the command stream is a new stream
+QUEUE = 320  # of the judge: it must miss no command even if it is kept waiting for 2 s
 STAMP_S = 1e-6  # what a stamp of today as float64 is good for, with a margin
 READY_S = 20.0  # for a reset, an arming, a deceleration
 CHILD_ENV = {
@@ -190,9 +191,9 @@ class Judge:
         self._arrived: Optional[float] = None
         self._tick: Optional[float] = None
         bus.subscribe(CONTRACT, m.STRING, LATCHED, self._on_contract)
-        bus.subscribe(TARGET_POSE, m.POSE, COMMAND, self._on_command)
-        bus.subscribe(CHUNK, m.CARTESIAN_TRAJECTORY, COMMAND, self._on_chunk)
-        bus.subscribe(EXECUTED, m.CARTESIAN_TRAJECTORY, STATE, self._on_executed)
+        bus.subscribe(TARGET_POSE, m.POSE, replace(COMMAND, depth=QUEUE), self._on_command)
+        bus.subscribe(CHUNK, m.CARTESIAN_TRAJECTORY, replace(COMMAND, depth=QUEUE), self._on_chunk)
+        bus.subscribe(EXECUTED, m.CARTESIAN_TRAJECTORY, replace(STATE, depth=QUEUE), self._on_executed)
         bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_guard)
         bus.subscribe(EPISODE_STATE, m.STRING, STATE, self._on_episode)
         bus.subscribe(TOOL_POSE, m.POSE, STATE, self._on_pose)

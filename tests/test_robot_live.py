@@ -111,7 +111,7 @@ def test_two_episodes_reach_the_goal_over_the_wire_and_are_accounted_for(tmp_pat
     assert result["latency_ms"]["n"] == len(result["latency_ms"]["values"]) > 10
     assert 30 < result["latency_ms"]["p50"] <= result["latency_ms"]["p99"], "the policy thinks for 30 ms"
     assert result["chunk_age_ms"]["p50"] > 30
-    assert result["envelope"]["commands"] > 100 and result["envelope"]["streams"] == 2
+    assert result["envelope"]["commands"] > 100 and result["envelope"]["streams"] >= 2
     assert result["envelope"]["non_finite"] == 0 and sum(result["envelope"]["violations"].values()) == 0
     assert result["envelope"]["peaks"]["speed"] > 0.1, "it moved"
     assert result["guard"]["R3"] == 0 and result["guard"]["R1"] == 0

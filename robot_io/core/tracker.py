@@ -66,7 +66,7 @@ class Tracker:
 
     def brake(self) -> np.ndarray:
         """Advance one period on the fastest path to rest; return the position [m]."""
-        return self._at_velocity(np.zeros(3))
+        return self._at_velocity(np.zeros(3)) if self.moving else self.position
 
     def _at_velocity(self, velocity: np.ndarray) -> np.ndarray:
         self._input.control_interface = ControlInterface.Velocity
