@@ -7,6 +7,7 @@ import html
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,8 @@ def _evaluation(demo: Demo) -> str:
     e, title = demo.evaluation, "Simulation"
     if e is None:
         so_far = f" to the end ({len(demo.episodes)} episodes so far; --resume continues)" if demo.episodes else ""
-        return _section(title, _missing(f"evaluation{so_far}", f"eval {demo.folder}/train out={demo.folder}/eval"))
+        missing = _missing(f"evaluation{so_far}", "eval", f"{demo.folder}/train", f"out={demo.folder}/eval")
+        return _section(title, missing)
     rows = [[task, *_rate(rate), f"{rate['mean_steps']:.0f}"] for task, rate in e["tasks"].items()]
     if len(rows) > 1:
         rows.append(["mean over tasks", *_rate(e["macro"]), ""])
@@ -142,8 +144,8 @@ def _evaluation(demo: Demo) -> str:
 def _live(demo: Demo) -> str:
     live, title = demo.live, "Live: twin, policy and guard as three processes over DDS"
     if live is None:
-        command = f"robot live checkpoint={demo.folder}/train out={demo.folder}/live"
-        return _section(title, _missing("live run", command))
+        command = ("robot", "live", f"checkpoint={demo.folder}/train", f"out={demo.folder}/live")
+        return _section(title, _missing("live run", *command))
     columns = {
         "task": "task", "seed": "seed", "end": "end", "reason": "fault", "steps": "steps", "seconds": "time [s]",
         "chunks": "chunks", "p50_ms": "p50 [ms]", "real_time_factor": "real time", "slipped_s": "slipped [s]",
@@ -205,16 +207,16 @@ def _rollouts(demo: Demo) -> str:
     if len(demo.videos) > MAX_ROLLOUTS:
         parts.append(f"<p>{len(demo.videos) - MAX_ROLLOUTS} more: {_escape(demo.folder)}/eval/videos</p>")
     if not demo.videos:
-        parts.append(_missing("videos", f"eval {demo.folder}/train out={demo.folder}/eval videos=3 --overwrite"))
+        parts.append(_missing("videos", *_again(demo)))
     return _section("Rollouts, failures first", *parts)
 
 
 def _failures(demo: Demo, failures: Sequence[Mapping[str, Any]]) -> str:
     rows = [[f["task"], str(f["seed"]), f["reason"], str(f["steps"])] for f in failures[:MAX_FAILURES]]
     more = f", the first {MAX_FAILURES} of {len(failures)}" if len(failures) > MAX_FAILURES else ""
-    where = f"env.tasks=[{failures[0]['task']}] seed={failures[0]['seed']} episodes=1"
-    command = f"dita eval {demo.folder}/train out={demo.folder}/replay {where}"
-    text = f"<p>Failed episodes{more}. To film one: <code>{_escape(command)}</code></p>"
+    where = (f"env.tasks=[{failures[0]['task']}]", f"seed={failures[0]['seed']}", "episodes=1")
+    command = _command(("eval", f"{demo.folder}/train", f"out={demo.folder}/replay", *where))
+    text = f"<p>Failed episodes{more}. To film one: {command}</p>"
     return text + _table(("task", "seed", "end", "steps"), rows)
 
 
@@ -251,8 +253,12 @@ def _actions(demo: Demo) -> str:
         if trace["chunks"]:  # a scripted expert predicts none
             parts += [f"<h3>{_escape(trace['task'])}, seed {trace['seed']}</h3>", _grid(plots)]
     about = "<p>Each thin line is a whole predicted chunk from its own step on; the thick one was sent.</p>"
-    missing = _missing("recorded chunks", f"eval {demo.folder}/train out={demo.folder}/eval videos=3 --overwrite")
+    missing = _missing("recorded chunks", *_again(demo))
     return _section("Predicted against executed actions", *([about, *parts] if parts else [missing]))
+
+
+def _again(demo: Demo) -> tuple[str, ...]:
+    return "eval", f"{demo.folder}/train", f"out={demo.folder}/eval", "videos=3", "--overwrite"
 
 
 def _chunks(trace: Mapping[str, Any], dim: int) -> Draw:
@@ -273,7 +279,9 @@ def _training(demo: Demo) -> str:
     config, log = demo.train, demo.log
     if config is None or not log:
         stores = f"data.stores=[{{path:{demo.folder}/demonstrations.zarr,weight:1}}]"
-        return _section("Training", _missing("training", f"train experiment=demo {stores} run={demo.folder}/train"))
+        return _section(
+            "Training", _missing("training", "train", "experiment=demo", stores, f"run={demo.folder}/train")
+        )
     curves = {
         "training loss": [row["loss"] for row in log],
         "learning rate": [row["lr"] for row in log],
@@ -300,7 +308,7 @@ def _training(demo: Demo) -> str:
 def _data(demo: Demo) -> str:
     sheet = demo.folder / "demonstrations.png"
     if not sheet.is_file():
-        missing = _missing("contact sheet", f"inspect {demo.folder}/demonstrations.zarr --sheet {sheet}")
+        missing = _missing("contact sheet", "inspect", f"{demo.folder}/demonstrations.zarr", "--sheet", str(sheet))
         return _section("Demonstrations", missing)
     image = f'<img class="wide" alt="frames of sampled episodes" src="{_uri("image/png", sheet.read_bytes())}">'
     return _section("Demonstrations", image)
@@ -308,8 +316,7 @@ def _data(demo: Demo) -> str:
 
 def _provenance(demo: Demo) -> str:
     steps = [
-        f"<p>{_escape(step)}, {_duration(t['seconds'])}: <code>dita {_escape(' '.join(t['command']))}</code></p>"
-        for step, t in demo.times.items()
+        f"<p>{_escape(step)}, {_duration(t['seconds'])}: {_command(t['command'])}</p>" for step, t in demo.times.items()
     ]
     facts: list[list[str]] = []
     if demo.evaluation:
@@ -326,8 +333,12 @@ def _section(title: str, *parts: str) -> str:
     return f"<section><h2>{_escape(title)}</h2>{''.join(parts)}</section>"
 
 
-def _missing(what: str, command: str) -> str:
-    return f'<p class="missing">not run: {_escape(what)}; command: <code>dita {_escape(command)}</code></p>'
+def _missing(what: str, *command: str) -> str:
+    return f'<p class="missing">not run: {_escape(what)}; command: {_command(command)}</p>'
+
+
+def _command(words: Sequence[str]) -> str:
+    return f"<code>{_escape(shlex.join(('dita', *words)))}</code>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -454,7 +465,7 @@ article h3 { margin-top: 0 } .film { display: flex; gap: .8rem; flex-wrap: wrap 
 .strip img { display: block; width: 100%; border-radius: .3rem }
 figcaption { color: var(--soft); font-size: .75rem }
 @media (max-width: 40rem) { th, td { white-space: normal; padding-right: .6rem } .interval { display: none } }
-@media print { :root { font-size: 10px } body { max-width: none } video { display: none }
+@media print { :root { font-size: 12px } body { max-width: none } video { display: none }
   article, figure, tr { break-inside: avoid } h2, h3 { break-after: avoid } }
 </style></head>
 <body>
