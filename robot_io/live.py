@@ -200,7 +200,7 @@ class Judge:
         bus.subscribe(DIAGNOSTICS, m.DIAGNOSTICS, STATE, self._on_diagnostics)
 
     def _on_contract(self, message: Any) -> None:
-        if self.robot is not None:  # the first one is what the run is judged by
+        if self.robot is not None:  # the first one is what the run is judged by, whatever else is sent
             return
         self.contract = m.json_from_ros(message)
         self.robot = parse_robot(self.contract["embodiment"])

@@ -7,6 +7,7 @@ The guard's path imports neither torch, dita, hydra, zarr nor mujoco: it runs fr
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -95,7 +96,7 @@ class GuardNode:
         bus.subscribe(CHUNK_GRIPPER, m.JOINT_TRAJECTORY, COMMAND, self._on_gripper)
         bus.subscribe(ARM, m.BOOL, STATE, self._on_arm)
         if contract is None:
-            bus.subscribe(CONTRACT, m.STRING, LATCHED, lambda message: self.use(m.json_from_ros(message)))
+            bus.subscribe(CONTRACT, m.STRING, LATCHED, self._on_contract)
         else:
             self.use(contract)
         bus.on_liveliness(CHUNK, self._on_policy_liveliness)
@@ -192,6 +193,12 @@ class GuardNode:
             values = {**self.guard.to_dict(), **self.timing.to_dict()}
             text = f"{self.guard.state.value}: {self.guard.machine.reason}"
             self._diagnostics.publish(m.diagnostics_to_ros(self.bus.msg, self.bus.now(), "guard", level, text, values))
+
+    def _on_contract(self, message: Any) -> None:
+        try:
+            self.use(m.json_from_ros(message))
+        except (ValueError, KeyError, TypeError) as e:  # nothing that somebody sends may end the guard
+            self.bus.log("error", f"contract refused: {e}")
 
     def _on_pose(self, message: Any) -> None:
         if self.guard is not None:
@@ -607,6 +614,8 @@ def _serve(node: Any) -> None:
     """Spin until SIGINT, SIGTERM or the node's own end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: node.stop())
+    gc.collect()
+    gc.freeze()  # or the collector would go through everything that was imported, for 30 ms in the middle of a tick
     node.bus.spin()
     node.close()
 

@@ -200,6 +200,27 @@ def test_another_contract_is_a_fault_and_a_terminated_guard_brakes_first(stack, 
     assert_inside(rig.judge)
 
 
+def test_killed_guard_leaves_the_arm_held_by_the_drivers_timeout(stack, tmp_path):
+    rig = Rig(stack, tmp_path, 80)
+    rig.move()
+    assert rig.judge.episode["timeouts"] == 0
+    os.kill(rig.pids["guard"], signal.SIGKILL)
+    assert rig.watch(lambda: rig.judge.episode["timeouts"] == 1) < 1.0
+
+
+def test_guard_survives_a_contract_that_makes_no_sense(stack, tmp_path):
+    rig = Rig(stack, tmp_path, 81)
+    rig.move()
+    impostor = open_bus("dds", "impostor", 81)
+    stack.callback(impostor.close)
+    contract = impostor.publisher(CONTRACT, m.STRING, LATCHED)
+    contract.publish(impostor.msg(m.STRING, data="{"))
+    contract.publish(impostor.msg(m.STRING, data="[]"))
+    rig.watch(lambda: any("contract refused" in line for line in rig.children.lines("guard")))
+    rig.children.check()
+    assert rig.judge.guard["state"] == "ARMED"
+
+
 def test_terminated_guard_decelerates_within_limits(stack, tmp_path):
     rig = Rig(stack, tmp_path, 76)
     rig.move()
