@@ -1,0 +1,68 @@
+"""The pages: their commands parse and compose, their Python runs, their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import contract_of, diffusion_config, policy_config
+
+from dita.checkpoint import save_policy
+from dita.cli import build_parser, compose
+from dita.config import CollectConfig, DemoConfig, EvalConfig, LiveConfig, TrainConfig
+from dita.embodiment import load_embodiment
+from dita.policy.policy import DitaPolicy
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+CONFIGS = {"collect": CollectConfig, "train": TrainConfig, "eval": EvalConfig, "robot": LiveConfig}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    lines = [line for b in blocks(page, "sh") for line in b.replace("\\\n", " ").splitlines()]
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{p}: {' '.join(w)[:60]}" for p, w in COMMANDS])
+def test_every_command_exists(page, words) -> None:
+    program, *rest = words
+    if program == "make":
+        assert set(rest) <= set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    elif Path(program).name == "dita":
+        args, overrides = build_parser().parse_known_args(rest)
+        assert all("=" in word for word in overrides)
+        if args.verb == "demo":
+            compose(args.recipe if "=" not in args.recipe else "demo", overrides, DemoConfig)
+        elif args.hydra:
+            compose(args.verb, overrides, CONFIGS[args.verb])
+        else:
+            assert overrides == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_local_link_leads_somewhere(page) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_ten_shot_page_runs(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec, config = load_embodiment("metaworld_sawyer"), policy_config()
+    policy = DitaPolicy(config, diffusion_config(), contract_of([spec], config))
+    save_policy(policy, tmp_path / "outputs" / "train" / "ten")
+    record, predict = blocks(ROOT / "docs" / "ten_shot_finetuning.md", "python")
+    exec(record, {})
+    from dita.datasets.store import Store
+
+    assert len(Store(tmp_path / "ten.zarr").episodes) == 10
+    exec(predict, {})
+    assert "[[" in capsys.readouterr().out
