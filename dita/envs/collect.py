@@ -23,6 +23,7 @@ from dita.types import EmbodimentSpec, Episode, RawObservation
 
 HOLD_STEPS = 10  # recorded after success, so that the policy learns to stay
 NOISE = 2  # purpose of the random numbers that disturb an episode's actions
+NOISE_STEPS = 10  # control steps over which that noise is correlated
 MAX_ATTEMPTS = 10  # per wanted episode
 
 
@@ -60,17 +61,22 @@ def demonstrate(env: RobotEnv, seed: int, action_noise: float) -> Episode | None
     Args:
         env: just reset.
         seed: of the noise.
-        action_noise: std of the Gaussian noise on the executed action, in half ranges; DART (Laskey et al. 2017).
+        action_noise: std of the noise on the executed action, in half ranges; DART (Laskey et al. 2017). It is
+            correlated over NOISE_STEPS, so that the hand really leaves the expert's path and the store shows the way
+            back; independent noise would average out.
     """
     rng = np.random.default_rng([seed, NOISE])
     std = action_noise * _noise_range(env.embodiment)
+    keep = np.exp(-1 / NOISE_STEPS)
+    noise = std * rng.standard_normal(len(std))
     observations: list[RawObservation] = []
     actions: list[Float32[np.ndarray, "a"]] = []
     left = HOLD_STEPS
     while left > 0 and env.steps < env.max_steps:
         observations.append(env.observe())
         actions.append(env.expert_action())
-        env.step((actions[-1] + std * rng.standard_normal(len(std))).astype(np.float32))
+        env.step((actions[-1] + noise).astype(np.float32))
+        noise = keep * noise + np.sqrt(1 - keep**2) * std * rng.standard_normal(len(std))
         left -= env.success
     if not env.success or env.warnings():
         return None

@@ -84,6 +84,14 @@ def make(config: EnvConfig, task: str) -> MetaWorldEnv:
     return MetaWorldEnv(load_embodiment(config.embodiment), task, config.max_steps, config.fast_render)
 
 
+# Meta-World draws a marker at the goal of every task. A drawer needs none: it would tell the policy where to go. Here
+# nothing else in the picture says where the goal is.
+GOAL_IN_PICTURE = frozenset({
+    "reach-v3", "reach-wall-v3", "push-v3", "push-wall-v3", "push-back-v3", "pick-place-v3", "pick-place-wall-v3",
+    "stick-push-v3", "stick-pull-v3", "soccer-v3", "sweep-v3", "coffee-push-v3", "coffee-pull-v3", "disassemble-v3",
+})  # fmt: skip
+
+
 class MetaWorldEnv(RobotEnv):
     """A Meta-World task; its start depends on (task, seed) only.
 
@@ -110,6 +118,10 @@ class MetaWorldEnv(RobotEnv):
         if self.fast_render:  # on a CPU these two dominate; they are read when a renderer is created
             self._env.model.vis.quality.offsamples = 0
             self._env.model.vis.quality.shadowsize = 0
+        if task not in GOAL_IN_PICTURE:
+            for i in range(self._env.model.nsite):
+                if self._env.model.site(i).name.startswith("goal"):
+                    self._env.model.site_rgba[i, 3] = 0
         cameras = [self._env.model.camera(i).name for i in range(self._env.model.ncam)]
         for camera in self.embodiment.cameras:
             expect_known(f"camera of {task}", camera.name, cameras)

@@ -5,6 +5,7 @@ Shape legend: n frames, p patches, q visual tokens, d width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,8 +73,12 @@ class QFormer(nn.Module):
         self.layers = nn.ModuleList(QFormerLayer(dim, heads, film) for _ in range(layers))  # pyright: ignore
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, patches: Float[Tensor, "n p d"], c: Float[Tensor, "n d"]) -> Float[Tensor, "n q d"]:
+    def forward(
+        self, patches: Float[Tensor, "n p d"], c: Float[Tensor, "n d"], anchors: Float[Tensor, "n q d"] | None
+    ) -> Float[Tensor, "n q d"]:
         q = self.queries.expand(patches.shape[0], -1, -1)
+        if anchors is not None:
+            q = q + anchors
         for layer in self.layers:
             q = layer(q, patches, c)
         return self.norm(q)
@@ -88,23 +93,39 @@ class QFormer(nn.Module):
 
 
 class ConvPatches(nn.Module):
-    """A small convolutional stem, stride 8, with learned positions: what learns from a hundred episodes."""
+    """A small convolutional stem, stride 8: what learns from a hundred episodes.
 
-    def __init__(self, dim: int, channels: int, image_size: int) -> None:
+    Queries that start from nothing attend evenly to all patches, and find no object within the first hundreds of steps.
+    So each query starts from its own cell of the picture (an anchor), and positions start at full strength.
+    """
+
+    def __init__(self, dim: int, channels: int, image_size: int, tokens: int) -> None:
         super().__init__()
-        c = channels
+        c, grid, side = channels, image_size // 8, math.isqrt(tokens)
+        if side**2 != tokens or grid % side:
+            raise ValueError(f"conv_qformer: vision.tokens {tokens} must be a square whose side divides {grid} patches")
         self.stem = nn.Conv2d(3, c // 2, 8, stride=4, padding=2)
         self.down = nn.Conv2d(c // 2, c, 3, stride=2, padding=1)
         self.mix = nn.Conv2d(c, c, 3, padding=1)
         self.norm = nn.GroupNorm(8, c)
         self.project = nn.Linear(c, dim)
-        self.positions = nn.Parameter(torch.randn((image_size // 8) ** 2, dim) * 0.02)
+        self.anchor = nn.Conv2d(c, dim, grid // side, stride=grid // side)
+        self.positions = nn.Parameter(sincos_2d(grid, dim))
 
-    def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p d"]:
+    def forward(self, x: Float[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n p d"], Float[Tensor, "n q d"]]:
         x = F.gelu(self.stem(x.contiguous(memory_format=torch.channels_last)))  # [n c/2 h/4 w/4]
         x = F.gelu(self.down(x))  # [n c h/8 w/8]
         x = self.norm(x + F.gelu(self.mix(x)))  # [n c h/8 w/8]
-        return self.project(x.flatten(2).transpose(1, 2)) + self.positions  # [n p d]
+        anchors = self.anchor(x).flatten(2).transpose(1, 2)  # [n q d]
+        return self.project(x.flatten(2).transpose(1, 2)) + self.positions, anchors  # [n p d]
+
+
+def sincos_2d(grid: int, dim: int) -> Float[Tensor, "p d"]:
+    """Return sines and cosines of x and y over four turns and finer, one row per cell of a square grid."""
+    w = 100.0 ** -(torch.arange(dim // 4) / (dim // 4))  # [d/4]
+    turns = torch.linspace(0, 8 * math.pi, grid)
+    y, x = (c.flatten()[:, None] * w for c in torch.meshgrid(turns, turns, indexing="ij"))  # [p d/4]
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
 
 
 class DinoPatches(nn.Module):
@@ -148,8 +169,8 @@ class DinoPatches(nn.Module):
             raise ValueError(f"{source!r} lacks {sorted(info['missing_keys'])[:5]}: not a DINOv2 with registers")
         self.vit.load_state_dict(loaded.state_dict())
 
-    def forward(self, x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n p d"]:
-        return self.vit(x).last_hidden_state[:, 5:]
+    def forward(self, x: Float[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n p d"], None]:
+        return self.vit(x).last_hidden_state[:, 5:], None
 
 
 class VisualTokenizer(nn.Module):
@@ -163,7 +184,7 @@ class VisualTokenizer(nn.Module):
         self.config = config
         heads = max(1, dim // 64)
         if config.kind == "conv_qformer":
-            self.patches: nn.Module = ConvPatches(dim, config.patch_dim, config.image_size)
+            self.patches: nn.Module = ConvPatches(dim, config.patch_dim, config.image_size, config.tokens)
         else:
             self.patches = DinoPatches(config)
         self.qformer = QFormer(dim, config.tokens, config.qformer_layers, heads, config.qformer_film)
@@ -189,4 +210,5 @@ class VisualTokenizer(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "n 3 h w"], c: Float[Tensor, "n d"]) -> Float[Tensor, "n q d"]:
         x = (images.to(c.dtype) / 255 - self.mean) / self.std  # [n 3 h w]
-        return self.qformer(self.patches(x), c)  # [n q d]
+        patches, anchors = self.patches(x)  # [n p d], [n q d]
+        return self.qformer(patches, c, anchors)  # [n q d]
