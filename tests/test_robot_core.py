@@ -391,6 +391,30 @@ def test_a_chunk_that_is_not_finite_stops_in_the_same_tick_and_three_are_a_fault
     arm.assert_inside()
 
 
+def test_bad_chunks_far_apart_are_no_fault():
+    arm = Arm().arm()
+    for _ in range(4):
+        arm.guard.on_chunk(chunk(arm.now, np.full((8, 3), np.nan)), arm.now)
+        arm.run(0.3)
+        arm.guard.on_chunk(chunk(arm.now + 1e-4, np.zeros((24, 3))), arm.now)
+        arm.run(0.3)
+    assert arm.guard.state is State.ARMED and arm.guard.counts["R2"] == 4
+
+
+def test_a_hold_brakes_at_once_and_does_not_go_on_to_the_goal():
+    embodiment = copy.deepcopy(EMBODIMENT)
+    embodiment["action"][0].update(mode="absolute", reference=None, low=[-1] * 3, high=[1] * 3)
+    arm = Arm(parse_robot(embodiment)).arm()
+    arm.guard.on_chunk(chunk(arm.now, np.tile(shifted(HOME, 0.14, 0, 0), (24, 1))), arm.now)
+    arm.run(0.08)
+    held, fast = arm.sent[-1].position, arm.speed
+    assert fast > 0.5 and np.linalg.norm(arm.guard.goal - held) > 0.05
+    arm.guard.hold("a test", arm.now)
+    arm.run(0.2)
+    assert 0 < arm.sent[-1].position[0] - held[0] <= stop_distance(ROBOT.limits)
+    arm.assert_inside()
+
+
 def test_an_empty_queue_is_noticed_after_the_stream_timeout_and_held_long_is_a_fault():
     arm = Arm().arm()
     arm.guard.on_chunk(chunk(arm.now, np.full((8, 3), [0.01, 0, 0])), arm.now)
