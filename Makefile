@@ -20,7 +20,7 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 evidence: $(VENV)/.installed  ## hours: three training seeds, baselines, multitask; resumes; writes docs/evidence
-	@$(BIN)/python docs/evidence/make.py
+	@$(BIN)/python benchmarks/evidence.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Dita needs Python 3.11 or 3.12 with venv: apt-get install python3 python3-venv"; exit 1; }

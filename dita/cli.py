@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ Exist = Literal["error", "resume", "overwrite"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 1 for a refused input, 130 for an interrupt."""
+    # a waiting thread that spins takes the core from the simulator, the guard or another training next to it
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     unknown = [a for a in rest if a.startswith("-")]
@@ -62,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("recipe", nargs="?", default="demo", help="name of a demo recipe in configs/ (default: demo)")
     collect = verb("collect", _collect, "Collect scripted demonstrations in MuJoCo into a Zarr store.", """
         dita collect out=data/button.zarr env.tasks=[button-press-topdown-v3] episodes=60
-        dita collect experiment=demo out=data/demo.zarr --resume""", True)  # fmt: skip
+        dita collect out=data/demo.zarr env.tasks=[button-press-topdown-v3,drawer-open-v3] --resume""", True)  # fmt: skip
     _add_exist(collect)
     inspect = verb("inspect", _inspect, "Show what a store holds; check every byte.", """
         dita inspect data/demo.zarr
@@ -92,7 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
     report = verb("report", _report, "Write one self-contained HTML page about a demo folder.", """
         dita report outputs/demo""", False)  # fmt: skip
     report.add_argument("folder")
-    verb("env", _env, "Say what this machine can do, and what to install for the rest.", "dita env", False)
+    env = verb("env", _env, "Say what this machine can do, and what to install for the rest.", """
+        dita env
+        dita env --setup""", False)  # fmt: skip
+    env.add_argument("--setup", action="store_true", help="only make sure that OpenGL works, installing it when root")
     return parser
 
 
@@ -177,6 +184,11 @@ def _report(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _env(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.setup:
+        from dita.envs.gl import ensure_backend
+
+        print(f"OpenGL: {ensure_backend()}")
+        return
     from dita.machine import print_machine
 
     print_machine()

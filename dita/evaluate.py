@@ -230,9 +230,14 @@ def _episode(values: Mapping[str, Any]) -> EpisodeResult:
     return EpisodeResult(**{**values, "latency": tuple(values["latency"])})
 
 
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a success rate (Wilson 1927)."""
+    low, high = np.asarray(proportion_confint(successes, episodes, alpha=0.05, method="wilson"))
+    return float(low), float(high)
+
+
 def _wilson(wins: Sequence[bool]) -> Rate:
-    low, high = np.asarray(proportion_confint(sum(wins), len(wins), alpha=0.05, method="wilson"))
-    return Rate(len(wins), sum(wins), sum(wins) / len(wins), (float(low), float(high)))
+    return Rate(len(wins), sum(wins), sum(wins) / len(wins), wilson(sum(wins), len(wins)))
 
 
 def _macro(tasks: Sequence[Rate]) -> Rate:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
 BACKENDS = ("egl", "osmesa")
-INSTALL = "apt-get install -y libegl1 libgl1  (or, without EGL: libosmesa6 libgl1)"
+PACKAGES = ("libegl1", "libgl1", "libosmesa6")
+INSTALL = f"apt-get install -y {' '.join(PACKAGES)}"
 _PROBE = (
     "import mujoco; r = mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16); r.render(); r.close()"
 )
@@ -43,3 +45,21 @@ def select_backend() -> str:
             os.environ["MUJOCO_GL"] = backend
             return backend
     raise ValueError(f"no OpenGL backend renders here (tried {', '.join(BACKENDS)}); run: {INSTALL}")
+
+
+def ensure_backend() -> str:
+    """Return a backend that works; as root on Debian or Ubuntu, install what is missing first.
+
+    Raises:
+        ValueError: none works and it cannot be installed from here; the message has the one command to run.
+    """
+    try:
+        return select_backend()
+    except ValueError:
+        if os.geteuid() != 0 or shutil.which("apt-get") is None:
+            raise
+    print(f"no OpenGL backend renders here; running: {INSTALL}", flush=True)
+    quiet = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}}
+    subprocess.run(["apt-get", "update", "-q"], **quiet)
+    subprocess.run(["apt-get", "install", "-y", "-q", *PACKAGES], **quiet)
+    return select_backend()
