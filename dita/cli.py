@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from dita.config import CollectConfig, DemoConfig, EvalConfig, LiveConfig, TrainConfig, from_dict
 from dita.embodiment import config_folder
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("recipe", nargs="?", default="demo", help="name of a demo recipe in configs/ (default: demo)")
     collect = verb("collect", _collect, "Collect scripted demonstrations in MuJoCo into a Zarr store.", """
         dita collect out=data/button.zarr env.tasks=[button-press-topdown-v3] episodes=60
-        dita collect out=data/demo.zarr env.tasks=[button-press-topdown-v3,drawer-open-v3] --resume""", True)  # fmt: skip
+        dita collect out=data/demo.zarr env.tasks=[button-press-topdown-v3,reach-v3] --resume""", True)  # fmt: skip
     _add_exist(collect)
     inspect = verb("inspect", _inspect, "Show what a store holds; check every byte.", """
         dita inspect data/demo.zarr

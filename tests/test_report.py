@@ -73,7 +73,10 @@ def fake_rollout(policy, env, embodiment, starts, timing, **options) -> Iterator
 
 def write_train(run: Path) -> None:
     run.mkdir()
-    write_json(run / "config.json", to_dict(compose("train", ["steps=1000", "batch_size=64", "noise_samples_per_context=4"], TrainConfig)))
+    write_json(
+        run / "config.json",
+        to_dict(compose("train", ["steps=1000", "batch_size=64", "noise_samples_per_context=4"], TrainConfig)),
+    )
     rows = [
         {"step": s, "loss_exact": 1 / s, "loss": 1 / s, "grad_norm": 1.0, "lr": 1e-3, "data_s": 0.01, "update_s": 0.09,
          "samples_per_s": 640.0} for s in (10, 20, 30)
