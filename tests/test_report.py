@@ -252,6 +252,7 @@ def test_colours_follow_the_theme(whole) -> None:
 
 def test_equal_input_gives_equal_bytes(original, whole) -> None:
     assert report(original).read_text() == whole[0]
+    assert not list(original.glob(".*")), "nothing half-written is left"
 
 
 @pytest.mark.parametrize(
