@@ -258,7 +258,7 @@ class DemoConfig:
     seed: int  # of training; demonstrations and evaluation starts are the same for every seed
     tasks: tuple[str, ...]
     demonstrations: int  # per task
-    experiment: str  # training recipe in configs/experiment
+    train_experiment: str  # training recipe in configs/experiment
     eval_episodes: int  # unseen starts per task
     live_episodes: int
     live_task: str

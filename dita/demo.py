@@ -35,7 +35,7 @@ def demo_steps(config: DemoConfig) -> dict[str, list[str]]:
     out = config.out
     store, run = f"{out}/demonstrations.zarr", f"{out}/train"
     tasks = f"env.tasks=[{','.join(config.tasks)}]"
-    train = ["train", f"experiment={config.experiment}", f"data.stores=[{{path:{store},weight:1}}]"]
+    train = ["train", f"experiment={config.train_experiment}", f"data.stores=[{{path:{store},weight:1}}]"]
     return {
         "collect": ["collect", f"out={store}", tasks, f"episodes={config.demonstrations}", "--resume"],
         "inspect": ["inspect", store, "--sheet", f"{out}/demonstrations.png"],

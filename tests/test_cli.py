@@ -28,7 +28,7 @@ def test_every_policy_composes(name) -> None:
 
 def test_other_commands_compose() -> None:
     assert compose("demo", [], DemoConfig).eval_episodes == 50
-    assert compose("demo_multitask", [], DemoConfig).experiment == "demo_multitask"
+    assert compose("demo_multitask", [], DemoConfig).train_experiment == "demo_multitask"
     assert compose("collect", ["out=x", "episodes=3"], CollectConfig).episodes == 3
     assert compose("eval", ["out=x"], EvalConfig).n_envs >= 1
 
