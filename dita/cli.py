@@ -20,9 +20,8 @@ Exist = Literal["error", "resume", "overwrite"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code: 0, 1 for a refused input, 130 for an interrupt."""
-    # a waiting thread that spins takes the core from the simulator, the guard or another training next to it
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    # OpenMP's default is to spin for milliseconds: next to any other process a step then takes six times as long
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     unknown = [a for a in rest if a.startswith("-")]
