@@ -42,6 +42,8 @@ def save_policy(policy: DitaPolicy, folder: Path, weights: Mapping[str, Tensor] 
         raise ValueError(f"refusing to save weights that are not finite: {bad[:5]}")
     config = {"policy": to_dict(policy.config), "diffusion": to_dict(policy.diffusion.config)}
 
+    _require_space(folder, tensors)
+
     def fill(at: Path) -> None:
         save_file(tensors, at / "model.safetensors")
         write_json(at / "config.json", config)
@@ -101,6 +103,7 @@ def last_checkpoint(run: Path) -> Path:
 
 def save_train_state(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Write what exact resumption needs: tensors and plain JSON values."""
+    _require_space(folder, tensors)
 
     def fill(at: Path) -> None:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, at / "train.safetensors")
@@ -196,6 +199,17 @@ def _fit_names(policy: DitaPolicy, weights: Mapping[str, Tensor], path: Path) ->
     if wrong:
         lines = [f"{name}: file {theirs.get(name)}, config {ours.get(name)}" for name in wrong[:5]]
         raise ValueError(f"{path}: {len(wrong)} tensors do not fit the config: " + "; ".join(lines))
+
+
+def _require_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to start a write that may not fit; the checkpoints before it stay as they are."""
+    existing = next(p for p in folder.absolute().parents if p.exists())
+    needed, free = 2 * sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            f"no space for {folder}: {needed / 2**20:.0f} MiB wanted, {free / 2**20:.0f} MiB free; older checkpoints "
+            "are intact: free some space (or lower keep_last) and continue with --resume"
+        )
 
 
 def _sha256(path: Path) -> str:

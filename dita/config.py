@@ -44,7 +44,7 @@ def _require_positive(config: Any, where: str, *keys: str) -> None:
 class VisionConfig:
     """Images -> tokens."""
 
-    kind: Literal["conv_qformer", "dinov2_qformer", "dinov2_patches"]
+    kind: Literal["conv_qformer", "dinov2_qformer"]
     image_size: int  # [px], square; the preprocessor resizes to it
     tokens: int  # Q-Former queries per frame and view
     qformer_layers: int
@@ -260,8 +260,7 @@ class DemoConfig:
     demonstrations: int  # per task
     train_experiment: str  # training recipe in configs/experiment
     eval_episodes: int  # unseen starts per task
-    live_episodes: int
-    live_task: str
+    live_episodes: int  # in total; the tasks take turns
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from rich.table import Table
 
 from dita.checkpoint import read_json, write_json
 from dita.config import DemoConfig
+from dita.evaluate import wilson
+from robot_io.live import closing_lines
 
 
 def demo(config: DemoConfig) -> None:
@@ -42,7 +44,7 @@ def demo_steps(config: DemoConfig) -> dict[str, list[str]]:
         "train": [*train, f"run={run}", f"seed={config.seed}", "--resume"],
         "eval": ["eval", run, f"out={out}/eval", tasks, f"episodes={config.eval_episodes}", "--resume"],
         "live": [
-            "robot", "live", f"checkpoint={run}", f"out={out}/live", f"env.tasks=[{config.live_task}]",
+            "robot", "live", f"checkpoint={run}", f"out={out}/live", tasks,
             f"episodes={config.live_episodes}", "--overwrite",
         ],
         "report": ["report", out],
@@ -75,7 +77,9 @@ def _closing_table(console: Console, out: Path, seconds: float) -> None:
     for task, row in result["tasks"].items():
         low, high = row["interval"]
         table.add_row(task, f"{row['success_rate']:.0%}", f"{low:.0%} .. {high:.0%}", str(row["episodes"]))
-    wins = sum(e["success"] for e in live["episodes"])
-    table.add_row("live, over DDS", f"{wins}/{len(live['episodes'])}", "", str(len(live["episodes"])))
+    wins, rounds = live["successes"], len(live["episodes"])
+    low, high = wilson(wins, rounds)
+    table.add_row("live, over DDS", f"{wins / rounds:.0%}", f"{low:.0%} .. {high:.0%}", str(rounds))
     console.print(table)
+    console.print("\n".join(closing_lines(live)), highlight=False)
     console.print(f"report: {out.resolve() / 'report.html'}")

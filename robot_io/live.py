@@ -448,7 +448,24 @@ def live(
         operator.until(_settled(judge, bus), READY_S * slow, f"{DIAGNOSTICS} of guard and policy")
     result = summary(config, judge, records)
     _write(target, result)
+    print("\n".join(closing_lines(result)))
     return result
+
+
+def closing_lines(result: Mapping[str, Any]) -> List[str]:
+    """Say what a live run came to, for a terminal."""
+    latency, publish, envelope = result["latency_ms"], result["publish"], result["envelope"] or {}
+    reactions = "  ".join(f"{name} {int(result['guard'].get(name, 0))}" for name in ("R0", "R1", "R2", "R3"))
+    outside, broken = sum(envelope.get("violations", {}).values()), envelope.get("non_finite", 0)
+    waited = f"p50 {latency['p50']:.0f} ms  p99 {latency['p99']:.0f} ms" if latency["n"] else "no command"
+    return [
+        f"success         {result['successes']}/{len(result['episodes'])}",
+        f"real-time       factor {result['real_time_factor']:.2f}",
+        f"image->command  {waited}",
+        f"late ticks      {publish['late_ticks']}  (more than two periods at {result['tick_hz']:.0f} Hz)",
+        f"guard           {reactions}  (dropped, clamped, held, fault)",
+        f"commands        {envelope.get('commands', 0)}, outside the envelope {outside}, not finite {broken}",
+    ]
 
 
 def _join(operator: Operator, config: "LiveConfig") -> None:

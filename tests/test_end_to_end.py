@@ -30,12 +30,18 @@ def test_every_step_left_its_result(demo) -> None:
     store = Store(demo / "demonstrations.zarr")
     assert len(store.episodes) == 2 and all(e.success for e in store.episodes)
     assert (demo / "demonstrations.png").stat().st_size > 10_000
-    assert [json.loads(line)["step"] for line in (demo / "train" / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    log = (demo / "train" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4]
     info = json.loads((demo / "eval" / "eval_info.json").read_text())
     assert info["tasks"][TASK]["episodes"] == 2 and info["distinct_starts"] == 2
     assert len(list((demo / "eval" / "videos" / TASK).glob("*.mp4"))) == 2
-    assert "http" not in re.sub(r"http://www.w3.org/\S*|https?://purl\S*|http://\S*creativecommons\S*", "", report(demo))
-    assert set(json.loads((demo / "times.json").read_text())) == {"collect", "inspect", "train", "eval", "live", "report"}
+    times = json.loads((demo / "times.json").read_text())
+    assert set(times) == {"collect", "inspect", "train", "eval", "live", "report"}
+
+
+def test_the_report_stands_alone(demo) -> None:
+    text = (demo / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", text) and "@import" not in text
 
 
 def test_the_arm_was_driven_over_the_wire_inside_the_envelope(demo) -> None:
@@ -66,7 +72,3 @@ def test_a_busy_demo_folder_is_refused_with_what_differs(demo, capsys) -> None:
     out = [f"out={demo}/eval", f"env.tasks=[{TASK}]", "episodes=3", "--resume"]
     assert main(["eval", f"{demo}/train", *out]) == 1
     assert "episodes" in capsys.readouterr().err
-
-
-def report(demo: Path) -> str:
-    return (demo / "report.html").read_text()

@@ -145,6 +145,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(store, tmp_path, monkey
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_full_disk_stops_before_writing(store, tmp_path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    config = config_for(store, run)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OSError, match="MiB wanted, 0 MiB free"):
+        train(dataclasses.replace(config, data=dataclasses.replace(config.data, cache="mmap")))
+    assert not list((run / "checkpoints").glob("*/*/manifest.json"))
+    monkeypatch.undo()
+    train(dataclasses.replace(config, data=dataclasses.replace(config.data, cache="mmap")), "resume")
+    assert last_checkpoint(run).name == "0000004"
+
+
 def test_learning_rate_schedule() -> None:
     config = OptimConfig(1.0, 1.0, 0.0, (0.9, 0.9), 4, "cosine", 1.0, 0.9)
     scales = [lr_scale(step, 14, config) for step in range(14)]

@@ -190,6 +190,7 @@ class VisualTokenizer(nn.Module):
         self.qformer = QFormer(dim, config.tokens, config.qformer_layers, heads, config.qformer_film)
         if config.patch_dim != dim and config.kind != "conv_qformer":
             raise ValueError(f"vision.patch_dim {config.patch_dim} must equal policy.dim {dim} for {config.kind}")
+        self.patches.requires_grad_(not config.frozen)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
