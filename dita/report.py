@@ -20,9 +20,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imsave
-from statsmodels.stats.proportion import proportion_confint
 
 from dita.checkpoint import read_json
+from dita.evaluate import wilson
 
 PARTS = ("times.json", "train/config.json", "eval/eval_info.json", "live/live.json")
 STRIP_FRAMES = 6
@@ -151,9 +151,8 @@ def _live(demo: Demo) -> str:
         "chunks": "chunks", "p50_ms": "p50 [ms]", "real_time_factor": "real time", "slipped_s": "slipped [s]",
     }  # fmt: skip
     runs, latency, publish = live["episodes"], live["latency_ms"], live["publish"]
-    low, high = np.asarray(proportion_confint(live["successes"], len(runs), alpha=0.05, method="wilson")).tolist()
     facts = [
-        ["solved", f"{live['successes']} of {len(runs)}, 95 % interval {_range((low, high))}"],
+        ["solved", f"{live['successes']} of {len(runs)}, 95 % interval {_range(wilson(live['successes'], len(runs)))}"],
         ["camera stamp to the first command of its chunk", _percentiles(latency)],
         ["camera stamp to chunk", _percentiles(live["chunk_age_ms"])],
         ["command period", f"mean {publish['period_mean_ms']:.2f} ms, max {publish['period_max_ms']:.1f} ms"],
