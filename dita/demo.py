@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def _run_step(console: Console, out: Path, name: str, arguments: list[str]) -> N
         console.print(f"[dim]{name}: done before ({done['seconds']:.0f} s)[/dim]")
         return
     console.rule(f"[bold]{name}")
-    console.print(f"[dim]$ dita {' '.join(arguments)}[/dim]", highlight=False, soft_wrap=True)
+    console.print(f"$ dita {shlex.join(arguments)}", style="dim", markup=False, highlight=False, soft_wrap=True)
     began = time.monotonic()
     # a process each: OpenGL, threads and memory of one step do not weigh on the next
     code = subprocess.run([sys.executable, "-m", "dita.cli", *arguments], env=dict(os.environ)).returncode

@@ -62,9 +62,11 @@ def train(config: TrainConfig, exist: Exist = "error") -> Path:
     check_device(config.device)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     run = Path(config.run)
+    if not config.data.stores:
+        raise ValueError("nothing to train on: give 'data.stores=[{path:STORE,weight:1}]'")
+    stores = [Store(s.path) for s in config.data.stores]  # refused before the run folder is claimed
+    episodes = [_episodes(store, config) for store in stores]
     with run_folder(run, config, exist):
-        stores = [Store(s.path) for s in config.data.stores]
-        episodes = [_episodes(store, config) for store in stores]
         policy = build_policy(config, stores, episodes)
         trainer = Trainer(policy, config)
         start = trainer.load(last_checkpoint(run) / "train") if exist == "resume" and _has_checkpoint(run) else 0

@@ -42,6 +42,7 @@ def test_other_commands_compose() -> None:
         (["train", "experiment=nothing"], "nothing"),
         (["train", "policy.dim=30", "policy.heads=4"], "policy.dim 30 must divide"),
         (["train", "data.stores=[{path:/nowhere.zarr,weight:1}]", "run=/tmp/dita-test-none"], "/nowhere.zarr"),
+        (["train", "run=/tmp/dita-test-none"], "nothing to train on"),
         (["eval", "/nowhere", "out=/tmp/dita-test-none"], "/nowhere does not exist"),
         (["inspect", "/nowhere.zarr"], "/nowhere.zarr"),
         (["report", "/nowhere"], "/nowhere"),
