@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "Train a policy on one or more stores.", """
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo --resume
-        dita train diffusion.objective=behaviour_cloning 'data.stores=[{path:data/demo.zarr,weight:1}]'""", True)  # fmt: skip
+        dita train diffusion.objective=behaviour_cloning data.stores=...""", True)  # fmt: skip
     _add_exist(train)
     evaluate = verb("eval", _eval, "Evaluate a checkpoint in simulation, with intervals and videos.", """
         dita eval outputs/train/demo out=outputs/eval/demo

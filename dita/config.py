@@ -48,6 +48,7 @@ class VisionConfig:
     image_size: int  # [px], square; the preprocessor resizes to it
     tokens: int  # Q-Former queries per frame and view
     qformer_layers: int
+    qformer_heads: int | None  # None: policy.dim / 64
     qformer_film: bool  # the instruction modulates the queries
     patch_dim: int  # width of patch tokens (conv) or of the ViT
     vit_layers: int

@@ -55,7 +55,7 @@ def spec() -> EmbodimentSpec:
 
 
 def policy_config(**changes) -> PolicyConfig:
-    vision = VisionConfig("conv_qformer", 32, 4, 1, True, 16, 0, 0, None, False)
+    vision = VisionConfig("conv_qformer", 32, 4, 1, None, True, 16, 0, 0, None, False)
     values = {
         "name": "test", "dim": 64, "layers": 2, "heads": 2, "ffn_dim": 96, "n_obs_steps": 2, "chunk_size": 6,
         "n_action_steps": 3, "past_action_slots": 0, "action_dim": 7, "state_dim": 12, "cameras": 1,

@@ -14,7 +14,7 @@ from dita.policy.language import text_encoder, tokenizer
 from dita.policy.policy import DitaPolicy
 from dita.policy.vision import VisualTokenizer
 
-VIT = VisionConfig("dinov2_qformer", 28, 4, 1, True, 64, 2, 2, None, False)
+VIT = VisionConfig("dinov2_qformer", 28, 4, 1, None, True, 64, 2, 2, None, False)
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,11 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(self, config: LanguageConfig, dim: int) -> None:
         super().__init__()
+        self.config = config
+        self._cache: dict[bytes, Tensor] = {}
+        if config.pretrained is None:  # an imported policy: the folder is asked for when an instruction comes
+            self.project, self._frozen = nn.Identity(), ()
+            return
         from transformers import AutoConfig, AutoModel, CLIPTextModel
 
         try:
@@ -107,9 +112,10 @@ class PretrainedEncoder(nn.Module):
             raise _no_text_encoder(config, e) from None
         width = self._frozen[0].config.hidden_size
         self.project = nn.Identity() if width == dim else nn.Linear(width, dim)
-        self._cache: dict[bytes, Tensor] = {}
 
     def forward(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._frozen:
+            _source(self.config)
         states = torch.stack([self._states(row) for row in ids])  # [b l w]
         return self.project(states.to(ids.device)), valid
 

@@ -57,7 +57,10 @@ class DitaModel(nn.Module):
 
     def instruct(self, ids: Int[Tensor, "i l"], valid: Bool[Tensor, "i l"]) -> Instruction:
         """Encode distinct instructions; holds until the instruction changes."""
-        states, valid = self.language(ids, valid)  # [i l d]
+        return self.instruct_states(*self.language(ids, valid))
+
+    def instruct_states(self, states: Float[Tensor, "i l d"], valid: Bool[Tensor, "i l"]) -> Instruction:
+        """Do the same from token states that are there already."""
         mean = (states * valid[..., None]).sum(1) / valid.sum(1, keepdim=True)  # [i d]
         mask = causal_mask(states.shape[1], states.device)
         return Instruction(self.trunk.extend(states, valid, mask, None), mean)
@@ -74,7 +77,9 @@ class DitaModel(nn.Module):
             tokens.append(self.embodiment(observation.embodiment)[:, None])  # [b 1 d]
             valid.append(torch.ones_like(observation.image_valid[:, 0, :1]))
         c = instruction.mean.repeat_interleave(frames * views, dim=0)  # [btv d]
-        visual = self.vision(observation.images.flatten(0, 2), c)  # [btv q d]
+        # float frames are normalised already: how reference inputs come
+        read = self.vision.read if observation.images.is_floating_point() else self.vision
+        visual = read(observation.images.flatten(0, 2), c)  # [btv q d]
         tokens.append(visual.reshape(b, -1, visual.shape[-1]))  # [b tvq d]
         valid.append(observation.image_valid.flatten(1).repeat_interleave(self.vision.tokens, dim=1))
         x, seen = torch.cat(tokens, dim=1), torch.cat(valid, dim=1)

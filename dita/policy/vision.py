@@ -182,7 +182,7 @@ class VisualTokenizer(nn.Module):
     def __init__(self, config: VisionConfig, dim: int) -> None:
         super().__init__()
         self.config = config
-        heads = max(1, dim // 64)
+        heads = config.qformer_heads or max(1, dim // 64)
         if config.kind == "conv_qformer":
             self.patches: nn.Module = ConvPatches(dim, config.patch_dim, config.image_size, config.tokens)
         else:
@@ -210,6 +210,9 @@ class VisualTokenizer(nn.Module):
         self.patches.load_pretrained(source)
 
     def forward(self, images: UInt8[Tensor, "n 3 h w"], c: Float[Tensor, "n d"]) -> Float[Tensor, "n q d"]:
-        x = (images.to(c.dtype) / 255 - self.mean) / self.std  # [n 3 h w]
+        return self.read((images.to(c.dtype) / 255 - self.mean) / self.std, c)
+
+    def read(self, x: Float[Tensor, "n 3 h w"], c: Float[Tensor, "n d"]) -> Float[Tensor, "n q d"]:
+        """Turn frames that are normalised already into tokens."""
         patches, anchors = self.patches(x)  # [n p d], [n q d]
         return self.qformer(patches, c, anchors)  # [n q d]
