@@ -98,8 +98,9 @@ class PretrainedEncoder(nn.Module):
         super().__init__()
         self.config = config
         self._cache: dict[bytes, Tensor] = {}
+        self._frozen: tuple[nn.Module, ...] = ()
         if config.pretrained is None:  # an imported policy: the folder is asked for when an instruction comes
-            self.project, self._frozen = nn.Identity(), ()
+            self.project = nn.Identity()
             return
         from transformers import AutoConfig, AutoModel, CLIPTextModel
 
@@ -110,7 +111,7 @@ class PretrainedEncoder(nn.Module):
             self._frozen = (cls.from_pretrained(_source(config)).eval().requires_grad_(False),)
         except OSError as e:
             raise _no_text_encoder(config, e) from None
-        width = self._frozen[0].config.hidden_size
+        width: int = self._frozen[0].config.hidden_size  # pyright: ignore
         self.project = nn.Identity() if width == dim else nn.Linear(width, dim)
 
     def forward(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
