@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,9 +121,28 @@ def compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
             config = hydra_compose(name, overrides=list(overrides))
             values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as e:
+        if match := re.match(r"Could not override '([\w.]+)'", str(e)):
+            raise ValueError(_unknown_key(name, match[1])) from None
         raise ValueError(f"{' '.join(str(e).split())} (keys: {config_folder()}/{name}.yaml)") from None
     assert isinstance(values, dict)
     return from_dict(cls, {str(k): v for k, v in values.items()}, name)
+
+
+def _unknown_key(name: str, key: str) -> str:
+    """Say which keys there are beside an unknown one."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    parent = key.rpartition(".")[0]
+    with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+        config = hydra_compose(name)
+        while parent and not isinstance(OmegaConf.select(config, parent), DictConfig):
+            parent = parent.rpartition(".")[0]
+        known = [str(k) for k in (OmegaConf.select(config, parent) if parent else config)]
+    close = difflib.get_close_matches(key.rpartition(".")[2], known, 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{name}: unknown key {key!r}{hint or ';'} there are{f' in {parent}' if parent else ''}: {', '.join(known)}"
 
 
 def _add_exist(parser: argparse.ArgumentParser) -> None:

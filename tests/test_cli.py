@@ -36,7 +36,8 @@ def test_other_commands_compose() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train", "stepz=3"], "stepz"),
+        (["train", "stepz=3"], "unknown key 'stepz'; did you mean steps?"),
+        (["train", "optim.lrr=3"], "in optim: lr, vision_lr_scale"),
         (["train", "+typo=1"], "unknown key"),
         (["train", "steps=many"], "steps"),
         (["train", "experiment=nothing"], "nothing"),

@@ -55,17 +55,43 @@ def play(env: RobotEnv, steps: int) -> np.ndarray:
 # --- OpenGL
 
 
-def test_gl_keeps_what_the_user_chose(monkeypatch):
+def test_gl_tries_only_what_the_user_chose_and_once(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    monkeypatch.setattr(gl, "works", lambda backend: pytest.fail("must not probe"))
+    monkeypatch.delenv("DITA_OPENGL", raising=False)
+    monkeypatch.setattr(gl, "works", lambda backend: backend == "egl")
+    with pytest.raises(ValueError, match=r"tried osmesa\); unset MUJOCO_GL=osmesa, or run: apt-get"):
+        gl.select_backend()
+    monkeypatch.setattr(gl, "works", lambda backend: backend == "osmesa")
     assert gl.select_backend() == "osmesa"
+    monkeypatch.setattr(gl, "works", lambda backend: pytest.fail("a worker must not probe again"))
+    assert gl.select_backend() == "osmesa"
+    monkeypatch.setenv("DITA_OPENGL", "")
 
 
 def test_gl_takes_the_first_backend_that_renders(monkeypatch):
     monkeypatch.delenv("MUJOCO_GL")
     monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    monkeypatch.setenv("DITA_OPENGL", "")
     monkeypatch.setattr(gl, "works", lambda backend: backend == "osmesa")
     assert gl.select_backend() == "osmesa"
+
+
+def test_gl_as_root_installs_what_is_missing(monkeypatch):
+    commands = []
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+    monkeypatch.setenv("DITA_OPENGL", "")
+    monkeypatch.setattr(gl, "works", lambda backend: bool(commands))
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("subprocess.run", lambda command, **options: commands.append(command))
+    assert gl.ensure_backend() == "egl"
+    assert commands[-1][:3] == ["apt-get", "install", "-y"] and "libegl1" in commands[-1]
+    monkeypatch.setattr(gl, "works", lambda backend: False)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.delenv("MUJOCO_GL")
+    with pytest.raises(ValueError, match="apt-get install -y libegl1"):
+        gl.ensure_backend()
 
 
 def test_gl_says_what_to_install(monkeypatch):

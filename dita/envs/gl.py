@@ -10,6 +10,7 @@ import sys
 BACKENDS = ("egl", "osmesa")
 PACKAGES = ("libegl1", "libgl1", "libosmesa6")
 INSTALL = f"apt-get install -y {' '.join(PACKAGES)}"
+_TRIED = "DITA_OPENGL"  # the backend a parent process has seen to work
 _PROBE = (
     "import mujoco; r = mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 16, 16); r.render(); r.close()"
 )
@@ -27,7 +28,7 @@ def works(backend: str) -> bool:
 
 
 def select_backend() -> str:
-    """Set MUJOCO_GL to the first backend that renders and return it; a value that is already set is kept.
+    """Set MUJOCO_GL to the first backend that renders and return it; a value that is already set is the only try.
 
     Worker processes inherit the choice, so the probe runs once.
 
@@ -36,15 +37,18 @@ def select_backend() -> str:
     """
     # Mesa's software rasteriser: one process per environment already fills the cores (7.0 -> 6.1 ms a frame)
     os.environ.setdefault("LP_NUM_THREADS", "0")
-    if chosen := os.environ.get("MUJOCO_GL"):
+    chosen = os.environ.get("MUJOCO_GL")
+    if chosen and chosen == os.environ.get(_TRIED):
         return chosen
-    if "mujoco" in sys.modules:
+    if "mujoco" in sys.modules and not chosen:
         raise ValueError("mujoco was imported before dita chose an OpenGL backend; set MUJOCO_GL=egl (or osmesa)")
-    for backend in BACKENDS:
+    tries = (chosen,) if chosen else BACKENDS
+    for backend in tries:
         if works(backend):
-            os.environ["MUJOCO_GL"] = backend
+            os.environ["MUJOCO_GL"] = os.environ[_TRIED] = backend
             return backend
-    raise ValueError(f"no OpenGL backend renders here (tried {', '.join(BACKENDS)}); run: {INSTALL}")
+    unset = f"unset MUJOCO_GL={chosen}, or " if chosen else ""
+    raise ValueError(f"no OpenGL backend renders here (tried {', '.join(tries)}); {unset}run: {INSTALL}")
 
 
 def ensure_backend() -> str:
