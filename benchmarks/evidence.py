@@ -1,4 +1,5 @@
-"""Train and evaluate what the README claims; every step resumes. Writes docs/evidence/demo.md and the JSON behind it.
+"""Train and evaluate what the README claims; every step resumes. Writes docs/evidence/demo.md, the JSON
+behind it, and the README's table.
 
 make evidence                     # everything: two to three hours on two idle cores
 python benchmarks/evidence.py --only demo_seed0 demo_seed1
@@ -30,6 +31,14 @@ RUNS: dict[str, tuple[tuple[str, ...], str, int, tuple[str, ...]]] = {
     "multitask_cloning_seed0": (THREE, "demo_multitask", 0, (CLONING,)),
 }
 
+LABELS = {
+    "demo": "Dita, two instructions (the demo)",
+    "demo_cloning": "behaviour cloning, same trunk and steps",
+    "multitask": "Dita, three instructions",
+    "multitask_cloning": "behaviour cloning, three instructions",
+}
+MARKERS = ("<!-- results: make evidence -->", "<!-- /results -->")
+
 
 def commands(name: str) -> list[list[str]]:
     """Return the commands of one run, in order."""
@@ -59,21 +68,41 @@ def page() -> str:
     """Return the Markdown page of every run that has a result; the others are listed as not measured."""
     lines = ["# What the demo reaches", "", "Unseen starts, 50 per task; 95 % Wilson intervals; `make evidence`.", ""]
     lines += ["| run | task | success | 95 % interval |", "|---|---|---|---|"]
-    pooled: dict[tuple[str, str], list[int]] = {}
-    missing = []
-    for name in RUNS:
-        if not (PAGE / f"{name}.json").exists():
-            missing.append(name)
-            continue
+    missing = [name for name in RUNS if not (PAGE / f"{name}.json").exists()]
+    for name in (n for n in RUNS if n not in missing):
         for task, row in json.loads((PAGE / f"{name}.json").read_text())["tasks"].items():
-            total = pooled.setdefault((name.split("_seed")[0], task), [0, 0, 0])
-            for i, value in enumerate((row["successes"], row["episodes"], 1)):
-                total[i] += value
             lines.append(_row(name, task, row["successes"], row["episodes"]))
-    lines += [_row(f"**{n}, {k} training seeds**", task, w, m) for (n, task), (w, m, k) in pooled.items() if k > 1]
+    lines += [_row(f"**{n}, {k} training seeds**", task, w, m) for (n, task), (w, m, k) in _pooled().items() if k > 1]
     if missing:
         lines += ["", f"Not measured yet: {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def readme_table() -> str:
+    """Return the README's table: runs pooled over training seeds."""
+    lines = ["| policy | task | success | 95 % interval | training seeds |", "|---|---|---|---|---|"]
+    for (label, task), (wins, episodes, seeds) in sorted(_pooled().items()):
+        low, high = wilson(wins, episodes)
+        lines.append(f"| {LABELS[label]} | {task} | {wins}/{episodes} | {low:.1%} .. {high:.1%} | {seeds} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_readme() -> None:
+    """Replace the table between the README's markers."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text().split(MARKERS[0])
+    path.write_text(before + MARKERS[0] + "\n" + readme_table() + MARKERS[1] + rest.split(MARKERS[1])[1])
+
+
+def _pooled() -> dict[tuple[str, str], list[int]]:
+    pooled: dict[tuple[str, str], list[int]] = {}
+    for name in RUNS:
+        if (PAGE / f"{name}.json").exists():
+            for task, row in json.loads((PAGE / f"{name}.json").read_text())["tasks"].items():
+                total = pooled.setdefault((name.split("_seed")[0], task), [0, 0, 0])
+                for i, value in enumerate((row["successes"], row["episodes"], 1)):
+                    total[i] += value
+    return pooled
 
 
 def _row(name: str, task: str, successes: int, episodes: int) -> str:
@@ -92,6 +121,7 @@ def main() -> None:
         run(name)
         (PAGE / "demo.md").write_text(page())
     (PAGE / "demo.md").write_text(page())
+    write_readme()
 
 
 if __name__ == "__main__":
