@@ -502,9 +502,9 @@ class TwinNode:
 
     def _send_images(self, stamp: float) -> None:
         observation = self.env.observe()
+        self._send_state(stamp, observation.state)  # first: an image is paired with the state that is there by then
         for camera, publisher in self._images.items():
             publisher.publish(m.image_to_ros(self.bus.msg, stamp, observation.images[camera], camera))
-        self._send_state(stamp, observation.state)
         self._report()
 
     def _send_state(self, stamp: float, state: np.ndarray) -> None:
