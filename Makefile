@@ -12,7 +12,8 @@ demo: $(VENV)/.installed  ## the main job, end to end; an interrupted one contin
 
 test: $(VENV)/.installed
 	@$(BIN)/dita env --setup
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile -m "not live"
+	$(BIN)/pytest -m live
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from robot_io.live import Children, Judge, Operator, commands_of, live
 from robot_io.nodes import CHUNK, CONTRACT, GRIPPER, TARGET_POSE, main
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.live
 
 
 def config(tmp_path, domain_id, **changes):
@@ -60,11 +61,20 @@ class Rig:
         self.operator.until(lambda: self.judge.robot is not None, 10.0, "contract")
 
     def move(self):
-        """Arm and wait until the arm has been moving for a while."""
+        """Arm and wait until the arm has been moving for a while; a starved machine's fault is armed away."""
         self.operator.reset(0, "go", 0)
         self.operator.until(lambda: self.judge.tool_stamp > 0, 10.0, "tool pose")
-        self.operator.arm()
-        self.operator.until(lambda: len(self.judge.latencies) > 5, 10.0, "chunks to be executed")
+        for _ in range(5):
+            self.operator.arm()
+            begun = len(self.judge.latencies)
+            self.operator.until(
+                lambda: len(self.judge.latencies) > begun + 5 or self.judge.guard["state"] == "FAULT",  # noqa: B023
+                10.0,
+                "chunks to be executed",
+            )
+            if self.judge.guard["state"] == "ARMED":
+                return
+        pytest.fail(f"the arm never moved: {self.judge.guard}")
 
     def watch(self, condition, timeout_s=5.0):
         """Spin until `condition`, and return how long it took [s]; dead children are expected."""
