@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +27,8 @@ from dita.config import DiffusionConfig, PolicyConfig, from_dict, to_dict
 from dita.policy.policy import DitaPolicy
 from dita.preprocess import Contract
 
-FORMAT_VERSION = 1
+Precision = Literal["fp32", "bf16"]
+FORMAT_VERSION = 2  # 2: q, k, v and gate, up are one tensor each
 
 
 def save_policy(policy: DitaPolicy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -37,9 +38,7 @@ def save_policy(policy: DitaPolicy, folder: Path, weights: Mapping[str, Tensor] 
         ValueError: a weight is not finite.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or policy.state_dict()).items()}
-    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if bad:
-        raise ValueError(f"refusing to save weights that are not finite: {bad[:5]}")
+    _refuse_not_finite(tensors, "refusing to save weights that are not finite")
     config = {"policy": to_dict(policy.config), "diffusion": to_dict(policy.diffusion.config)}
 
     _require_space(folder, tensors)
@@ -52,22 +51,28 @@ def save_policy(policy: DitaPolicy, folder: Path, weights: Mapping[str, Tensor] 
     write_folder(folder, fill)
 
 
-def load_policy(folder: str | Path, device: str = "cpu") -> DitaPolicy:
+def load_policy(folder: str | Path, device: str = "cpu", precision: Precision = "fp32") -> DitaPolicy:
     """Load a policy from a policy, checkpoint or run folder; see `DitaPolicy.from_pretrained`."""
     at = find_policy(Path(folder))
     check_device(device)
     verify_folder(at)
     config = read_json(at / "config.json")
     contract = Contract.from_dict(read_json(at / "contract.json"))
-    weights = _load_tensors(at / "model.safetensors")
-    policy = DitaPolicy(
-        from_dict(PolicyConfig, config["policy"], f"{at}/config.json: policy"),
-        from_dict(DiffusionConfig, config["diffusion"], f"{at}/config.json: diffusion"),
-        contract,
-        weights["diffusion.alphas_cumprod"],
-    )
+    weights = load_tensors(at / "model.safetensors")
+    with torch.device("meta"):  # the file's tensors take the place of the weights: none is initialised or copied
+        policy = DitaPolicy(
+            from_dict(PolicyConfig, config["policy"], f"{at}/config.json: policy"),
+            from_dict(DiffusionConfig, config["diffusion"], f"{at}/config.json: diffusion"),
+            contract,
+            weights["diffusion.alphas_cumprod"],
+        )
     _fit_names(policy, weights, at / "model.safetensors")
-    policy.load_state_dict(weights)
+    _refuse_not_finite(weights, f"{at / 'model.safetensors'} holds weights that are not finite")
+    policy.load_state_dict(weights, assign=True)
+    if precision == "bf16":
+        weights.clear()
+        for parameter in policy.model.parameters():  # schedules and pixel statistics are buffers and stay fp32
+            parameter.data = parameter.data.to(torch.bfloat16)
     return policy.to(device).eval()
 
 
@@ -119,7 +124,7 @@ def load_train_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: damaged (the file is named).
     """
     verify_folder(folder)
-    return _load_tensors(folder / "train.safetensors"), read_json(folder / "train.json")
+    return load_tensors(folder / "train.safetensors"), read_json(folder / "train.json")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
@@ -148,7 +153,10 @@ def verify_folder(folder: Path) -> None:
         raise ValueError(f"{folder} has no manifest.json: not a finished checkpoint; take an earlier one")
     manifest = read_json(folder / "manifest.json")
     if manifest.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{folder} has format version {manifest.get('version')}, this Dita reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{folder} has format version {manifest.get('version')}, this Dita reads {FORMAT_VERSION}; load it with "
+            "the Dita that wrote it, or train again"
+        )
     for name, entry in manifest["files"].items():
         path = folder / name
         if Path(name).name != name:
@@ -163,9 +171,16 @@ def verify_folder(folder: Path) -> None:
 
 def check_device(device: str) -> None:
     """Raise ValueError if a torch device is not there."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} asked for; say cpu, cuda or cuda:0") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(wanted.type, 0)
+    if (wanted.index or 0) >= there:
         raise ValueError(
-            f"device {device!r} asked for, but torch {torch.__version__} sees no CUDA device; use device=cpu"
+            f"device {device!r} asked for, but torch {torch.__version__} sees no such device; there "
+            f"{'are' if torch.cuda.device_count() else 'is no CUDA device, only'} "
+            f"{', '.join(['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))])}"
         )
 
 
@@ -185,11 +200,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Map a safetensors file: nothing is read before it is used; raises ValueError naming the file."""
     try:
         return load_file(path)
     except SafetensorError as e:
         raise ValueError(f"{path} is not a readable safetensors file: {e}") from None
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    bad = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if bad:
+        raise ValueError(f"{what}: {bad[:5]}")
 
 
 def _fit_names(policy: DitaPolicy, weights: Mapping[str, Tensor], path: Path) -> None:

@@ -44,9 +44,9 @@ def _require_positive(config: Any, where: str, *keys: str) -> None:
 class VisionConfig:
     """Images -> tokens."""
 
-    kind: Literal["conv_qformer", "dinov2_qformer"]
+    kind: Literal["conv_qformer", "dinov2_qformer", "dinov2_patches"]
     image_size: int  # [px], square; the preprocessor resizes to it
-    tokens: int  # Q-Former queries per frame and view
+    tokens: int  # per frame and view: Q-Former queries, or patches
     qformer_layers: int
     qformer_heads: int | None  # None: policy.dim / 64
     qformer_film: bool  # the instruction modulates the queries
@@ -80,6 +80,7 @@ class PolicyConfig:
     chunk_size: int  # predicted actions, from now
     n_action_steps: int  # executed before replanning
     past_action_slots: int  # 1 in the published recipe, 0 otherwise
+    max_committed_slots: int  # leading slots that training may show clean (real-time chunking); 0: never, as published
     action_dim: int  # padded
     state_dim: int  # padded
     cameras: int  # camera slots
@@ -98,22 +99,34 @@ class PolicyConfig:
             1 <= self.n_action_steps <= self.chunk_size,
             f"policy.n_action_steps {self.n_action_steps} must be in 1..chunk_size ({self.chunk_size})",
         )
+        slots = self.past_action_slots + self.chunk_size
+        _require(
+            0 <= self.max_committed_slots < slots,
+            f"policy.max_committed_slots {self.max_committed_slots} must leave one of {slots} action slots free",
+        )
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """The objective; t = 0 is clean."""
 
-    objective: Literal["diffusion", "behaviour_cloning"]
-    num_train_timesteps: int
-    beta_schedule: Literal["linear", "squaredcos_cap_v2"]
-    prediction_type: Literal["epsilon", "sample", "v_prediction"]
-    timestep_spacing: Literal["leading", "trailing"]
+    objective: Literal["diffusion", "flow", "behaviour_cloning"]
+    num_train_timesteps: int  # times given to the network run over 0..this, for a flow too
+    beta_schedule: Literal["linear", "squaredcos_cap_v2"]  # of diffusion
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "velocity"]  # velocity: of a flow, noise - x0
+    timestep_spacing: Literal["leading", "trailing"]  # of diffusion
     zero_terminal_snr: bool
     clip_sample: float | None
+    solver: Literal["ddim", "dpm_solver++", "euler"]  # euler: of a flow
     num_inference_steps: int
 
     def __post_init__(self) -> None:
+        flow = self.objective == "flow"
+        _require(
+            flow == (self.prediction_type == "velocity") == (self.solver == "euler"),
+            "diffusion.objective=flow goes with prediction_type=velocity and solver=euler, and they only with it; got "
+            f"objective={self.objective}, prediction_type={self.prediction_type}, solver={self.solver}",
+        )
         _require(
             not (self.zero_terminal_snr and self.prediction_type == "epsilon"),
             "diffusion.zero_terminal_snr needs prediction_type sample or v_prediction (epsilon divides by zero)",
@@ -186,6 +199,7 @@ class TrainConfig:
     noise_samples_per_context: int
     device: str  # auto, cpu, cuda
     precision: Literal["fp32", "bf16"]
+    activation_checkpointing: bool  # less memory, a third more time
     threads: int  # 0: all cores
     log_every: int
     save_every: int

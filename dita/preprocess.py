@@ -15,13 +15,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from dita.batch import Batch, Observation
 from dita.config import LanguageConfig, PolicyConfig, PreprocessConfig
 from dita.embodiment import embodiment_from_dict, embodiment_to_dict, pad, pad_mask, sha256_json, unpad
 from dita.normalize import Normalizer, stats_from_dict, stats_to_dict
 from dita.policy.language import tokenizer
-from dita.types import ActionChunk, EmbodimentSpec, NormStats, RawObservation, Window
+from dita.types import ActionChunk, CameraSpec, EmbodimentSpec, NormStats, RawObservation, Window
 
 CONTRACT_VERSION = 1
 
@@ -166,13 +167,15 @@ class Preprocessor:
             stamp=history[-1].stamp,
         )
 
-    def observe(self, windows: Sequence[Window]) -> Observation:
+    def observe(self, windows: Sequence[Window], *, with_images: bool = True) -> Observation:
         """Make the batched observation; images stay uint8.
+
+        with_images: False leaves them out, for a caller that takes them one by one through `frame`.
 
         Raises:
             ValueError: unknown embodiment, other cameras, image sizes, state dims, or a state that is not finite.
         """
-        b, size = len(windows), self.image_size
+        b, size = len(windows), self.image_size if with_images else 0
         images = np.zeros((b, self.frames, self.views, size, size, 3), np.uint8)
         image_valid = np.zeros((b, self.frames, self.views), bool)
         state = np.zeros((b, self.frames, self.state_dim), np.float32)
@@ -180,7 +183,8 @@ class Preprocessor:
         for i, w in enumerate(windows):
             spec = self._spec(w.embodiment)
             for camera in spec.cameras:
-                images[i, :, camera.slot] = self._fit(self._frames_of(w, camera.name, camera.height, camera.width))
+                if with_images:
+                    images[i, :, camera.slot] = self._fit(self._frames_of(w, camera))
                 image_valid[i, :, camera.slot] = w.frame_valid
             if not np.isfinite(w.state).all():
                 raise ValueError(f"state of {spec.name!r} is not finite: {w.state.tolist()}")
@@ -195,6 +199,15 @@ class Preprocessor:
             language_valid=torch.from_numpy(np.stack([valid for _, valid in tokens])),
             embodiment=torch.tensor([self.index[n] for n in names]),
         )
+
+    def frame(self, window: Window, camera: CameraSpec, t: int) -> UInt8[Tensor, "1 3 z z"]:
+        """Return frame t of one camera as `observe` would put it into the batch.
+
+        Raises:
+            ValueError: another camera, image size or dtype.
+        """
+        frames = self._fit(self._frames_of(window, camera)[t : t + 1])  # [1 z z 3]
+        return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
 
     def batch(self, windows: Sequence[Window]) -> Batch:
         """Make a training batch from windows that carry actions."""
@@ -252,14 +265,15 @@ class Preprocessor:
                 raise ValueError(f"observation has cameras {sorted(o.images)}, {embodiment!r} has {sorted(names)}")
         return names
 
-    def _frames_of(self, w: Window, camera: str, height: int, width: int) -> UInt8[np.ndarray, "t h w 3"]:
-        if camera not in w.images:
-            raise ValueError(f"window has cameras {sorted(w.images)}, {w.embodiment!r} needs {camera!r}")
-        frames = w.images[camera]
-        if frames.dtype != np.uint8 or frames.shape != (self.frames, height, width, 3):
+    def _frames_of(self, w: Window, camera: CameraSpec) -> UInt8[np.ndarray, "t h w 3"]:
+        if camera.name not in w.images:
+            raise ValueError(f"window has cameras {sorted(w.images)}, {w.embodiment!r} needs {camera.name!r}")
+        frames = w.images[camera.name]
+        expected = (self.frames, camera.height, camera.width, 3)
+        if frames.dtype != np.uint8 or frames.shape != expected:
             raise ValueError(
-                f"camera {camera!r} of {w.embodiment!r}: got {frames.dtype} {list(frames.shape)}, "
-                f"needs uint8 {[self.frames, height, width, 3]}"
+                f"camera {camera.name!r} of {w.embodiment!r}: got {frames.dtype} {list(frames.shape)}, "
+                f"needs uint8 {list(expected)}"
             )
         return frames
 

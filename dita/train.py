@@ -105,6 +105,8 @@ class Trainer:
         from diffusers.training_utils import EMAModel  # four seconds to import: only training pays
 
         self.policy, self.config = policy, config
+        if config.activation_checkpointing:
+            policy.model.checkpoint_activations()
         self.parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters, config.optim)
         self.ema = EMAModel(self.parameters.values(), decay=config.optim.ema_decay)

@@ -58,7 +58,8 @@ def policy_config(**changes) -> PolicyConfig:
     vision = VisionConfig("conv_qformer", 32, 4, 1, None, True, 16, 0, 0, None, False)
     values = {
         "name": "test", "dim": 64, "layers": 2, "heads": 2, "ffn_dim": 96, "n_obs_steps": 2, "chunk_size": 6,
-        "n_action_steps": 3, "past_action_slots": 0, "action_dim": 7, "state_dim": 12, "cameras": 1,
+        "n_action_steps": 3, "past_action_slots": 0, "max_committed_slots": 0,
+        "action_dim": 7, "state_dim": 12, "cameras": 1,
         "state_tokens": True, "embodiment_token": False, "action_embedding": "linear", "action_attention": "causal",
         "vision": vision, "language": LanguageConfig("bytes", 8, 1, None),
     }  # fmt: skip
@@ -69,6 +70,7 @@ def diffusion_config(**changes) -> DiffusionConfig:
     values = {
         "objective": "diffusion", "num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2",
         "prediction_type": "epsilon", "timestep_spacing": "leading", "zero_terminal_snr": False, "clip_sample": 1.0,
+        "solver": "ddim",
         "num_inference_steps": 5,
     }  # fmt: skip
     return DiffusionConfig(**(values | changes))

@@ -51,7 +51,8 @@ def store(tmp_path_factory) -> Path:
 def config_for(store: Path, run: Path, **changes) -> TrainConfig:
     values = {
         "run": str(run), "seed": 0, "steps": 4, "batch_size": 4, "noise_samples_per_context": 2, "device": "cpu",
-        "precision": "fp32", "threads": 1, "log_every": 1, "save_every": 2, "keep_last": 2,
+        "precision": "fp32", "activation_checkpointing": False, "threads": 1, "log_every": 1, "save_every": 2,
+        "keep_last": 2,
         "policy": policy_config(), "diffusion": diffusion_config(),
         "preprocess": PreprocessConfig("min_max", "squash"),
         "data": DataConfig((StoreConfig(str(store), 1.0),), "mask", "ram", 0, None),

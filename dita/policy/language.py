@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dita.config import LanguageConfig
-from dita.policy.transformer import Block, rope_tables
+from dita.policy.transformer import Block, Layout, rope_tables
 
 BYTES_PER_TOKEN = 4
 Tokenize = Callable[[str], tuple[Int[np.ndarray, "l"], Bool[np.ndarray, "l"]]]
@@ -80,14 +80,13 @@ class ByteEncoder(nn.Module):
     def forward(
         self, ids: Int[Tensor, "b bytes"], valid: Bool[Tensor, "b bytes"]
     ) -> tuple[Float[Tensor, "b l d"], Bool[Tensor, "b l"]]:
-        x = self.embed(ids).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2)  # [b l d]
+        x = self.embed(ids.where(valid, 0)).unflatten(1, (-1, BYTES_PER_TOKEN)).flatten(2)  # [b l d]
         valid = valid.unflatten(1, (-1, BYTES_PER_TOKEN)).any(-1)  # [b l]
         cos, sin = rope_tables(torch.arange(x.shape[1], device=x.device), x.shape[2] // self.blocks[0].heads)
         mask = valid[:, None, None, :] | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)  # [b 1 l l]
+        layout = Layout(cos, sin, mask, valid)
         for block in self.blocks:
-            y = block.attention_norm(x)
-            k, v = block.keys_values(y, cos, sin)
-            x = block.attend(x, y, cos, sin, k, v, mask)
+            x = block.attend(x, *block.project(x, layout), mask)
         return self.norm(x), valid
 
 
@@ -108,7 +107,8 @@ class PretrainedEncoder(nn.Module):
             kind = AutoConfig.from_pretrained(_source(config)).model_type
             cls = CLIPTextModel if kind in ("clip", "clip_text_model") else AutoModel
             # a tuple hides the module from state_dict: the weights stay in their own folder, not in our checkpoint
-            self._frozen = (cls.from_pretrained(_source(config)).eval().requires_grad_(False),)
+            with torch.device("cpu"):  # its weights are real, also where the policy around it is built on meta
+                self._frozen = (cls.from_pretrained(_source(config)).eval().requires_grad_(False),)
         except OSError as e:
             raise _no_text_encoder(config, e) from None
         width: int = self._frozen[0].config.hidden_size  # pyright: ignore
@@ -118,7 +118,8 @@ class PretrainedEncoder(nn.Module):
         if not self._frozen:
             _source(self.config)
         states = torch.stack([self._states(row) for row in ids])  # [b l w]
-        return self.project(states.to(ids.device)), valid
+        dtype = next((p.dtype for p in self.project.parameters()), states.dtype)
+        return self.project(states.to(ids.device, dtype)), valid
 
     @torch.no_grad()
     def _states(self, row: Int[Tensor, "l"]) -> Float[Tensor, "l w"]:

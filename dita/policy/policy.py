@@ -1,24 +1,41 @@
 """DitaPolicy: loss and sample on typed inputs, and `predict`, the one inference entry.
 
-Shape legend: b batch, k noise samples or candidates, n action slots, A padded action dims.
+Shape legend: b batch, k noise samples or candidates, n action slots, m committed ones, a action dims, A padded ones,
+S denoising steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dita.batch import Batch, Observation
 from dita.config import DiffusionConfig, PolicyConfig
-from dita.policy.diffusion import Diffusion
-from dita.policy.model import DitaModel
+from dita.policy.diffusion import Diffusion, Known, Plan
+from dita.policy.model import Context, DitaModel
 from dita.preprocess import Contract, Preprocessor
 from dita.types import ActionChunk, EmbodimentSpec, RawObservation
+
+
+@dataclass(frozen=True, eq=False)
+class Committed:
+    """Leading action slots whose value is decided, normalised."""
+
+    values: Float[Tensor, "b n A"]  # zero behind the committed ones
+    count: Int[Tensor, "b"]
+    noise: Float[Tensor, "S b n A"]  # for policies that were not trained with a committed prefix
+
+    def to(self, device: torch.device) -> Committed:
+        """Move every tensor to `device`."""
+        return Committed(self.values.to(device), self.count.to(device), self.noise.to(device))
 
 
 class DitaPolicy(nn.Module):
@@ -40,20 +57,25 @@ class DitaPolicy(nn.Module):
         self.preprocessor = Preprocessor(contract)
         self.diffusion = Diffusion(diffusion, alphas_cumprod)
         self.model = DitaModel(config, embodiments=len(contract.specs))
-        dims = np.stack([self.preprocessor.action_mask[name] for name in contract.specs])
-        self.register_buffer("dim_valid", torch.from_numpy(dims), persistent=False)  # [embodiments A]
+        dims = [self.preprocessor.action_mask[name] for name in contract.specs] or [np.ones(config.action_dim, bool)]
+        self.register_buffer("dim_valid", torch.from_numpy(np.stack(dims)), persistent=False)  # [embodiments A]
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> DitaPolicy:
+    def from_pretrained(
+        cls, folder: str | Path, device: str = "cpu", precision: Literal["fp32", "bf16"] = "fp32"
+    ) -> DitaPolicy:
         """Load a policy from a policy folder, a checkpoint or a run folder (its last checkpoint).
+
+        precision: of weights and hidden states in inference; sampling itself is always fp32.
 
         Raises:
             FileNotFoundError: there is no policy there.
-            ValueError: manifest, sizes, contract or tensors do not fit, or the device does not exist.
+            ValueError: manifest, sizes, contract or tensors do not fit, a weight is not finite, or the device does not
+                exist.
         """
         from dita.checkpoint import load_policy
 
-        return load_policy(folder, device)
+        return load_policy(folder, device, precision)
 
     @property
     def specs(self) -> Mapping[str, EmbodimentSpec]:
@@ -63,31 +85,73 @@ class DitaPolicy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.head.weight.device
+        return self.dim_valid.device
 
     def loss(self, batch: Batch, samples: int, generator: torch.Generator) -> Float[Tensor, ""]:
-        """Return the training loss with `samples` noise draws per observation; invalid entries have no influence."""
+        """Return the training loss with `samples` noise draws per observation; invalid entries have no influence.
+
+        With max_committed_slots, each row shows a random number of its first actions clean; the loss is on the rest.
+        """
+        if self.diffusion.config.objective == "behaviour_cloning":
+            samples = 1  # there is no noise to draw
         context = self.model.context(batch.observation)
-        slot_valid = batch.action_valid.any(-1)  # [b n]
+        valid, slot_valid = batch.action_valid, batch.action_valid.any(-1)  # [b n A], [b n]
+        if most := self.config.max_committed_slots:
+            count = torch.randint(most + 1, slot_valid.shape[:1], generator=generator).to(slot_valid.device)  # [b]
+            clean = (batch.actions * valid)[:, :most]  # [b m A]
+            context = self.model.commit(context, clean, slot_valid[:, :most], count)
+            valid = valid & ~_leading(count, valid.shape[1])[..., None]
+        suffix = self.model.suffix(context, slot_valid, samples)
         return self.diffusion.loss(
-            lambda x, t: self.model.denoise(x, t, context, slot_valid),
+            lambda x, t: self.model.denoise(x, self.model.time_tokens(t), suffix),
             batch.actions,
-            batch.action_valid,
+            valid,
             samples,
             generator,
         )
 
     @torch.no_grad()
-    def sample(self, observation: Observation, noise: Float[Tensor, "b k n A"], steps: int) -> Float[Tensor, "b k n A"]:
+    def sample(
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "b k n A"],
+        steps: int,
+        committed: Committed | None = None,
+    ) -> Float[Tensor, "b k n A"]:
         """Denoise k candidates per observation; the prefix is encoded once."""
-        context = self.model.context(observation)
-        slot_valid = torch.ones(noise.shape[0], noise.shape[2], dtype=torch.bool, device=noise.device)
-        return self.diffusion.sample(
-            lambda x, t: self.model.denoise(x, t, context, slot_valid),
-            noise,
-            self.dim_valid[observation.embodiment],
-            steps,
+        plan = self.diffusion.plan(steps, self.device)
+        return self.act(self.model.context(observation), observation.embodiment, noise, plan, committed)
+
+    @torch.no_grad()
+    def act(
+        self,
+        context: Context,
+        embodiment: Int[Tensor, "b"],
+        noise: Float[Tensor, "b k n A"],
+        plan: Plan,
+        committed: Committed | None = None,
+        trace: list[Tensor] | None = None,
+    ) -> Float[Tensor, "b k n A"]:
+        """Denoise k candidates per encoded observation: what eager, compiled and graphed inference all run.
+
+        trace: gets the network's output of each step.
+        """
+        b, k, n, _ = noise.shape
+        known = None
+        slots = torch.ones(b, n, dtype=torch.bool, device=noise.device)
+        if committed is not None and self.config.max_committed_slots:
+            most = self.config.max_committed_slots
+            context = self.model.commit(context, committed.values[:, :most], slots[:, :most], committed.count)
+        elif committed is not None:
+            known = Known(committed.values, _leading(committed.count, n), committed.noise)
+        suffix = self.model.suffix(context, slots, k, room=True)
+        taus = self.model.time_tokens(plan.times).unbind()  # S times [d]
+        x = self.diffusion.sample(
+            lambda x, i: self.model.denoise(x, taus[i], suffix), noise, self.dim_valid[embodiment], plan, known, trace
         )
+        if committed is None:
+            return x
+        return torch.where(_leading(committed.count, n)[:, None, :, None], committed.values[:, None], x)
 
     def predict(
         self,
@@ -96,6 +160,7 @@ class DitaPolicy(nn.Module):
         seed: int,
         embodiment: str | None = None,
         num_inference_steps: int | None = None,
+        committed: Float[np.ndarray, "m a"] | None = None,
     ) -> ActionChunk:
         """Return the chunk for the last observation of a history (oldest first, spaced by obs_dt).
 
@@ -103,12 +168,22 @@ class DitaPolicy(nn.Module):
             history: 1..n_obs_steps observations; a shorter history repeats its first frame, masked.
             seed: of the initial noise; the same seed gives the same chunk.
             embodiment: needed if the policy knows several.
-            num_inference_steps: DDIM steps; None: the checkpoint's.
+            num_inference_steps: of the solver; None: the checkpoint's.
+            committed: actions that are decided already, physical units, oldest first: the past_action_slots executed
+                before now (if the policy has such slots), then the first ones of the chunk, which come back unchanged.
+                A policy trained with max_committed_slots reads them as a clean prefix (arXiv 2512.05964), any other is
+                held to them while it denoises, which is approximate.
 
         Raises:
-            ValueError: the history does not fit the contract, or the output is not finite.
+            ValueError: the history or `committed` does not fit the contract, or the output is not finite.
         """
-        return self.predict_batch([history], [seed], embodiment=embodiment, num_inference_steps=num_inference_steps)[0]
+        return self.predict_batch(
+            [history],
+            [seed],
+            embodiment=embodiment,
+            num_inference_steps=num_inference_steps,
+            committed=None if committed is None else [committed],
+        )[0]
 
     def predict_batch(
         self,
@@ -118,37 +193,84 @@ class DitaPolicy(nn.Module):
         embodiment: str | None = None,
         num_inference_steps: int | None = None,
         batch_size: int | None = None,
+        committed: Sequence[Float[np.ndarray, "m a"]] | None = None,
     ) -> list[ActionChunk]:
-        """Return one chunk per history, each with its own seed.
+        """Return one chunk per history, each with its own seed and, maybe, committed actions (rows may differ).
 
         batch_size pads the batch to one fixed size: kernels round differently at other sizes, and contacts amplify it.
         """
-        name = self._embodiment(embodiment)
+        name = self.embodiment_name(embodiment)
         rows = len(histories)
-        assert rows == len(seeds) and rows > 0
+        assert rows == len(seeds) and rows > 0 and (committed is None or len(committed) == rows)
         size = batch_size or rows
         if rows > size:
             raise ValueError(f"{rows} histories do not fit into batch_size {size}")
-        windows = [self.preprocessor.window(history, name) for history in histories]
-        windows += [windows[0]] * (size - rows)
-        observation = self.preprocessor.observe(windows).to(self.device)
-        noise = torch.stack([self._noise(seed) for seed in [*seeds] + [0] * (size - rows)]).to(self.device)
         steps = num_inference_steps or self.diffusion.config.num_inference_steps
-        was_training = self.training
-        self.eval()
-        actions = self.sample(observation, noise[:, None], steps)[:rows, 0].float().cpu().numpy()  # [b n A]
-        self.train(was_training)
-        chunks = actions[:, self.config.past_action_slots :]
-        return [
-            self.preprocessor.decode_actions(chunk, name, window.stamp)
-            for chunk, window in zip(chunks, windows, strict=False)
-        ]
+        windows = [self.preprocessor.window(history, name) for history in histories]
+        observation = self.preprocessor.observe(windows + [windows[0]] * (size - rows)).to(self.device)
+        seeds = [*seeds] + [0] * (size - rows)
+        noise = torch.stack([self.noise(seed) for seed in seeds]).to(self.device)
+        decided = None
+        if committed is not None:
+            decided = self.commit([*committed] + [committed[0]] * (size - rows), seeds, name, steps)
+        with eval_mode(self):
+            actions = self.sample(observation, noise[:, None], steps, decided)[:rows, 0]  # [b n A]
+        chunks = [self.chunk(x, name, w.stamp) for x, w in zip(actions, windows, strict=True)]
+        for chunk, values in zip(chunks, committed or (), strict=False):
+            self.keep_committed(chunk, values)
+        return chunks
 
-    def _noise(self, seed: int) -> Float[Tensor, "n A"]:
+    def commit(
+        self, committed: Sequence[Float[np.ndarray, "m a"]], seeds: Sequence[int], embodiment: str, steps: int
+    ) -> Committed:
+        """Normalise committed actions, one array per row, each with at least one action.
+
+        Raises:
+            ValueError: none or too many of them, or they do not fit the embodiment.
+        """
+        slots, trained = self.model.action_slots, self.config.max_committed_slots
+        most = trained or slots - 1
+        for values in committed:
+            if values.ndim != 2 or not 1 <= len(values) <= most:
+                why = "was trained with" if trained else f"leaves one of {slots} action slots free with"
+                raise ValueError(
+                    f"committed has shape {list(values.shape)}; the policy {why} 1..{most} rows of actions"
+                )
+        count = torch.tensor([len(values) for values in committed])
+        padded = np.zeros((len(committed), slots, self.config.action_dim), np.float32)
+        for row, values in zip(padded, committed, strict=True):
+            row[: len(values)] = self.preprocessor.encode_actions(values, embodiment)
+        noise = torch.stack([self.noise(seed, steps) for seed in seeds], dim=1)  # [S b n A]
+        return Committed(torch.from_numpy(padded), count, noise).to(self.device)
+
+    def chunk(self, actions: Float[Tensor, "n A"], embodiment: str, stamp: float) -> ActionChunk:
+        """Turn the network's actions into a physical chunk, past slots left out; raises ValueError if not finite."""
+        values = actions[self.config.past_action_slots :].float().cpu().numpy()
+        return self.preprocessor.decode_actions(values, embodiment, stamp)
+
+    def keep_committed(self, chunk: ActionChunk, committed: Float[np.ndarray, "m a"]) -> None:
+        """Put committed actions back into their chunk to the last bit: normalising and back rounds."""
+        now = committed[self.config.past_action_slots :]
+        chunk.values[: len(now)] = now
+
+    def noise(self, seed: int, steps: int | None = None) -> Float[Tensor, "... n A"]:
+        """Draw where denoising starts, [n A]; or the noise that committed actions get at each step, [S n A]."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.model.action_slots, self.config.action_dim, generator=generator)
+        shape = (self.model.action_slots, self.config.action_dim)
+        start = torch.randn(shape, generator=generator)
+        return start if steps is None else torch.randn((steps, *shape), generator=generator)
 
-    def _embodiment(self, name: str | None) -> str:
+    def embodiment_name(self, name: str | None) -> str:
+        """Return the embodiment meant by `name`; None: the only one.
+
+        Raises:
+            ValueError: the policy knows none or several, or not this one.
+        """
+        if not self.specs:
+            raise ValueError(
+                "the checkpoint knows no embodiment, hence no units: import it again with --embodiment and --stats, or "
+                "finetune it"
+            )
         if name is None and len(self.specs) == 1:
             return next(iter(self.specs))
         if name is None:
@@ -156,6 +278,21 @@ class DitaPolicy(nn.Module):
         if name not in self.specs:
             raise ValueError(f"embodiment {name!r} is not in the checkpoint; it knows {sorted(self.specs)}")
         return name
+
+
+def _leading(count: Int[Tensor, "b"], n: int) -> Bool[Tensor, "b n"]:
+    return torch.arange(n, device=count.device) < count[:, None]
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Switch a module to evaluation for a while."""
+    before = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(before)
 
 
 def _check_clip(diffusion: DiffusionConfig, contract: Contract) -> None:

@@ -1,6 +1,6 @@
-"""Pre-norm causal blocks with float positions and a key/value prefix (LLaMA style; Dita, arXiv 2503.19757, sec. 3).
+"""Pre-norm blocks with float positions and a key/value prefix (LLaMA style; Dita, arXiv 2503.19757, sec. 3).
 
-Shape legend: b batch, l new tokens, p tokens already in the prefix, h heads, e head dim, d width.
+Shape legend: b batch, l new tokens, p tokens already in the prefix, m = p + l, h heads, e head dim, d width, f hidden.
 Every stage of the policy (instruction, observation, denoising) is one call of `Trunk` on top of the previous stage's
 keys and values: training, eager inference and the cached fast path are the same functions.
 """
@@ -8,12 +8,14 @@ keys and values: training, eager inference and the cached fast path are the same
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +25,7 @@ class Prefix:
     keys: tuple[Float[Tensor, "b h p e"], ...]
     values: tuple[Float[Tensor, "b h p e"], ...]
     valid: Bool[Tensor, "b p"]
+    room: int = 0  # free places behind the p tokens, which each pass of that many new tokens overwrites
 
     @property
     def length(self) -> int:
@@ -36,6 +39,22 @@ class Prefix:
             tuple(v.index_select(0, rows) for v in self.values),
             self.valid.index_select(0, rows),
         )
+
+    def with_room(self, tokens: int) -> Prefix:
+        """Copy to buffers with room for `tokens` new ones, so that a loop over them allocates no keys and values."""
+        pad = [0, 0, 0, tokens]
+        keys, values = (tuple(F.pad(x, pad) for x in part) for part in (self.keys, self.values))
+        return replace(self, keys=keys, values=values, room=tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where new tokens stand and what they see: made once, used by every pass over tokens of the same layout."""
+
+    cos: Float[Tensor, "#b 1 l e"]
+    sin: Float[Tensor, "#b 1 l e"]
+    mask: Bool[Tensor, "b 1 l m"]  # True: may attend
+    seen: Bool[Tensor, "b m"]  # what a later token may attend to
 
 
 class RMSNorm(nn.Module):
@@ -51,52 +70,46 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(
-    positions: Float[Tensor, "l"], head_dim: int, base: float = 10000.0
-) -> tuple[Float[Tensor, "l e"], Float[Tensor, "l e"]]:
+    positions: Float[Tensor, "... l"], head_dim: int, base: float = 10000.0
+) -> tuple[Float[Tensor, "... l e"], Float[Tensor, "... l e"]]:
     """Return cos and sin of rotary angles for float positions, in fp32 (arXiv 2104.09864, half-split layout)."""
     frequencies = base ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions.float()[..., None] * frequencies  # [l e/2]
-    angles = torch.cat([angles, angles], dim=-1)  # [l e]
+    angles = positions.float()[..., None] * frequencies  # [... l e/2]
+    angles = torch.cat([angles, angles], dim=-1)  # [... l e]
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Float[Tensor, "b h l e"], cos: Float[Tensor, "l e"], sin: Float[Tensor, "l e"]) -> Tensor:
+def rotate(x: Float[Tensor, "b h l e"], layout: Layout) -> Float[Tensor, "b h l e"]:
     """Apply rotary positions."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
-    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+    return x * layout.cos.to(x.dtype) + turned * layout.sin.to(x.dtype)
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU, pre-norm, no biases."""
+    """Attention and SwiGLU, pre-norm, no biases; q, k, v and gate, up are one product each."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm = RMSNorm(dim)
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.k = nn.Linear(dim, dim, bias=False)
-        self.v = nn.Linear(dim, dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.o = nn.Linear(dim, dim, bias=False)
         self.ffn_norm = RMSNorm(dim)
-        self.gate = nn.Linear(dim, ffn_dim, bias=False)
-        self.up = nn.Linear(dim, ffn_dim, bias=False)
+        self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=False)
         self.down = nn.Linear(ffn_dim, dim, bias=False)
 
-    def keys_values(self, y: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Project normed tokens y [b l d] to rotated keys and values [b h l e]."""
-        return rotate(self._split(self.k(y)), cos, sin), self._split(self.v(y))
+    def project(self, x: Float[Tensor, "b l d"], layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries and keys, and values, each [b h l e]."""
+        q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return rotate(q, layout), rotate(k, layout), v
 
-    def attend(self, x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Attend from l new tokens to p + l keys, then apply the feed-forward part: [b l d] -> [b l d]."""
-        q = rotate(self._split(self.q(y)), cos, sin)  # [b h l e]
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Float[Tensor, "b l d"]:
+        """Attend from l new tokens to m keys, then apply the feed-forward part."""
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # [b h l e]
         x = x + self.o(out.transpose(1, 2).flatten(2))  # [b l d]
-        y = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))  # [b l d]
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b l d] -> [b h l e]
+        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)  # [b l f]
+        return x + self.down(F.silu(gate) * up)  # [b l d]
 
 
 class Trunk(nn.Module):
@@ -109,60 +122,64 @@ class Trunk(nn.Module):
         self.head_dim = dim // heads
         self.blocks = nn.ModuleList(Block(dim, heads, ffn_dim) for _ in range(layers))  # pyright: ignore
         self.norm = RMSNorm(dim)
+        self.checkpointing = False  # recompute activations in the backward pass
 
-    def extend(
-        self, x: Float[Tensor, "b l d"], valid: Bool[Tensor, "b l"], mask: Bool[Tensor, "l l"], prefix: Prefix | None
-    ) -> Prefix:
-        """Append new tokens to a prefix; only their keys and values are kept, so the last block stops there.
-
-        mask: attention among the new tokens; the valid part of the prefix is visible to all of them.
-        """
-        positions = torch.arange(x.shape[1], device=x.device) + (prefix.length if prefix else 0)
-        cos, sin = rope_tables(positions, self.head_dim)
-        full = _full_mask(mask, valid, prefix)  # [b 1 l p+l]
-        keys, values = [], []
-        for i, block in enumerate(self.blocks):
-            y = block.attention_norm(x)
-            k, v = _join(prefix, i, *block.keys_values(y, cos, sin))
-            keys.append(k)
-            values.append(v)
-            if i + 1 < len(self.blocks):
-                x = block.attend(x, y, cos, sin, k, v, full)
-        seen = valid if prefix is None else torch.cat([prefix.valid, valid], dim=1)
-        return Prefix(tuple(keys), tuple(values), seen)
-
-    def forward(
+    def layout(
         self,
-        x: Float[Tensor, "b l d"],
-        positions: Float[Tensor, "l"],
+        positions: Float[Tensor, "*b l"],
         valid: Bool[Tensor, "b l"],
         mask: Bool[Tensor, "l l"],
-        prefix: Prefix,
-    ) -> Float[Tensor, "b l d"]:
-        """Run new tokens on top of a prefix and return their final hidden states."""
-        cos, sin = rope_tables(positions, self.head_dim)
-        full = _full_mask(mask, valid, prefix)  # [b 1 l p+l]
+        prefix: Prefix | None,
+    ) -> Layout:
+        """Lay out new tokens at float positions; mask: among themselves; the prefix's valid part is visible to all."""
+        cos, sin = rope_tables(positions.reshape(-1, positions.shape[-1]), self.head_dim)  # [#b l e]
+        # a padded query still attends to itself: a row with no key at all would be NaN and poison gradients
+        new = (mask[None] & valid[:, None, :]) | torch.eye(mask.shape[0], dtype=torch.bool, device=mask.device)
+        if prefix is None:
+            return Layout(cos[:, None], sin[:, None], new[:, None], valid)
+        old = prefix.valid[:, None, :].expand(-1, mask.shape[0], -1)  # [b l p]
+        seen = torch.cat([prefix.valid, valid], dim=1)  # [b m]
+        return Layout(cos[:, None], sin[:, None], torch.cat([old, new], dim=2)[:, None], seen)
+
+    def extend(self, x: Float[Tensor, "b l d"], layout: Layout, prefix: Prefix | None) -> Prefix:
+        """Append new tokens to a prefix; only their keys and values are kept, so the last block stops there."""
+        keys, values = [], []
         for i, block in enumerate(self.blocks):
-            y = block.attention_norm(x)
-            k, v = _join(prefix, i, *block.keys_values(y, cos, sin))
-            x = block.attend(x, y, cos, sin, k, v, full)
+            x, k, v = self._run(block, x, layout, prefix, i, i + 1 == len(self.blocks))
+            keys.append(k)
+            values.append(v)
+        return Prefix(tuple(keys), tuple(values), layout.seen)
+
+    def forward(self, x: Float[Tensor, "b l d"], layout: Layout, prefix: Prefix | None) -> Float[Tensor, "b l d"]:
+        """Run new tokens on top of a prefix and return their final hidden states."""
+        for i, block in enumerate(self.blocks):
+            x, _, _ = self._run(block, x, layout, prefix, i, False)
         return self.norm(x)
+
+    def _run(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(_run_block, *args, use_reentrant=False)  # pyright: ignore
+        return _run_block(*args)
+
+
+def _run_block(
+    block: Block, x: Tensor, layout: Layout, prefix: Prefix | None, i: int, last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run block i; return its new hidden states [b l d] and all its keys and values [b h m e]."""
+    q, k, v = block.project(x, layout)
+    k, v = _join(prefix, i, k, v)
+    return (x if last else block.attend(x, q, k, v, layout.mask)), k, v
 
 
 def _join(prefix: Prefix | None, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     if prefix is None:
         return k, v
-    return torch.cat([prefix.keys[i], k], dim=2), torch.cat([prefix.values[i], v], dim=2)
-
-
-def _full_mask(mask: Tensor, valid: Tensor, prefix: Prefix | None) -> Bool[Tensor, "b 1 l m"]:
-    new = mask[None] & valid[:, None, :]  # [b l l]
-    # a padded query still attends to itself: a row with no key at all would be NaN and poison gradients
-    new = new | torch.eye(mask.shape[0], dtype=torch.bool, device=mask.device)
-    if prefix is None:
-        return new[:, None]
-    old = prefix.valid[:, None, :].expand(-1, mask.shape[0], -1)  # [b l p]
-    return torch.cat([old, new], dim=2)[:, None]
+    if not prefix.room:
+        return torch.cat([prefix.keys[i], k], dim=2), torch.cat([prefix.values[i], v], dim=2)
+    assert prefix.room == k.shape[2] and not torch.is_grad_enabled()
+    prefix.keys[i][:, :, -prefix.room :] = k
+    prefix.values[i][:, :, -prefix.room :] = v
+    return prefix.keys[i], prefix.values[i]
 
 
 def causal_mask(length: int, device: torch.device) -> Bool[Tensor, "l l"]:

@@ -17,6 +17,7 @@ from dita.config import VisionConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PATCH = 14  # [px], of DINOv2
 
 
 class CrossAttention(nn.Module):
@@ -140,7 +141,7 @@ class DinoPatches(nn.Module):
             num_hidden_layers=config.vit_layers,
             num_attention_heads=config.vit_heads,
             mlp_ratio=4,
-            patch_size=14,
+            patch_size=PATCH,
             image_size=config.image_size,
             num_register_tokens=4,
             qkv_bias=True,
@@ -174,7 +175,11 @@ class DinoPatches(nn.Module):
 
 
 class VisualTokenizer(nn.Module):
-    """uint8 frames and the instruction's mean -> visual tokens; the normalisation of pixels is its first op."""
+    """uint8 frames and the instruction's mean -> visual tokens; the normalisation of pixels is its first op.
+
+    `conv_qformer`: a small stem trained from scratch; `dinov2_qformer`: the paper's; `dinov2_patches`: every patch is a
+    token, and the instruction meets the picture in the trunk only.
+    """
 
     mean: Tensor
     std: Tensor
@@ -182,17 +187,23 @@ class VisualTokenizer(nn.Module):
     def __init__(self, config: VisionConfig, dim: int) -> None:
         super().__init__()
         self.config = config
-        heads = config.qformer_heads or max(1, dim // 64)
-        if config.kind == "conv_qformer":
-            self.patches: nn.Module = ConvPatches(dim, config.patch_dim, config.image_size, config.tokens)
+        self.patches: ConvPatches | DinoPatches = (
+            ConvPatches(dim, config.patch_dim, config.image_size, config.tokens)
+            if config.kind == "conv_qformer"
+            else DinoPatches(config)
+        )
+        self.qformer, self.project = None, None
+        if config.kind == "dinov2_patches":
+            _check_patches(config)
+            self.project = nn.Linear(config.patch_dim, dim)
         else:
-            self.patches = DinoPatches(config)
-        self.qformer = QFormer(dim, config.tokens, config.qformer_layers, heads, config.qformer_film)
-        if config.patch_dim != dim and config.kind != "conv_qformer":
+            heads = config.qformer_heads or max(1, dim // 64)
+            self.qformer = QFormer(dim, config.tokens, config.qformer_layers, heads, config.qformer_film)
+        if config.kind == "dinov2_qformer" and config.patch_dim != dim:
             raise ValueError(f"vision.patch_dim {config.patch_dim} must equal policy.dim {dim} for {config.kind}")
         self.patches.requires_grad_(not config.frozen)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN, device="cpu")[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD, device="cpu")[:, None, None], persistent=False)
 
     @property
     def tokens(self) -> int:
@@ -206,13 +217,33 @@ class VisualTokenizer(nn.Module):
             ValueError: this tokenizer trains its own patches.
         """
         if not isinstance(self.patches, DinoPatches):
-            raise ValueError(f"policy.vision.pretrained={source!r} needs vision.kind=dinov2_qformer")
+            raise ValueError(
+                f"policy.vision.pretrained={source!r} needs vision.kind=dinov2_qformer or dinov2_patches, "
+                f"got {self.config.kind}"
+            )
         self.patches.load_pretrained(source)
 
+    def start_as_identity(self) -> None:
+        """Zero the FiLM layers, so that training starts from an unmodulated Q-Former."""
+        if self.qformer is not None:
+            self.qformer.start_film_as_identity()
+
     def forward(self, images: UInt8[Tensor, "n 3 h w"], c: Float[Tensor, "n d"]) -> Float[Tensor, "n q d"]:
-        return self.read((images.to(c.dtype) / 255 - self.mean) / self.std, c)
+        return self.read(((images.float() / 255 - self.mean) / self.std).to(c.dtype), c)
 
     def read(self, x: Float[Tensor, "n 3 h w"], c: Float[Tensor, "n d"]) -> Float[Tensor, "n q d"]:
         """Turn frames that are normalised already into tokens."""
         patches, anchors = self.patches(x)  # [n p d], [n q d]
-        return self.qformer(patches, c, anchors)  # [n q d]
+        if self.qformer is not None:
+            return self.qformer(patches, c, anchors)  # [n q d]
+        assert self.project is not None
+        return self.project(patches)  # [n q d]
+
+
+def _check_patches(config: VisionConfig) -> None:
+    patches = (config.image_size // PATCH) ** 2
+    if config.image_size % PATCH or config.tokens != patches:
+        raise ValueError(
+            f"vision.kind=dinov2_patches makes (image_size / {PATCH})^2 tokens, {patches} for image_size "
+            f"{config.image_size}; got tokens={config.tokens}"
+        )
