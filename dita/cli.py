@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -94,6 +95,36 @@ def build_parser() -> argparse.ArgumentParser:
         dita robot guard""", True)  # fmt: skip
     robot.add_argument("role", choices=["live", "twin", "policy", "guard"])
     _add_exist(robot)
+    bench = verb("bench-policy", _bench_policy, "Time one control tick of a checkpoint: image in, chunk out.", """
+        dita bench-policy outputs/train/demo
+        dita bench-policy outputs/train/demo --rate 20 --ticks 200 --threads 2
+        dita bench-policy outputs/official --device cuda --precision bf16 --json""", False)  # fmt: skip
+    bench.add_argument("checkpoint", help="run, checkpoint or policy folder")
+    bench.add_argument("--rate", type=float, default=10.0, metavar="HZ", help="count ticks longer than a period (10)")
+    bench.add_argument("--ticks", type=int, default=50, help="measured ticks (50)")
+    bench.add_argument("--steps", type=int, help="denoising steps (the checkpoint's)")
+    bench.add_argument("--embodiment", help="which of the checkpoint's, if it knows several")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (cpu)")
+    bench.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    bench.add_argument("--path", choices=["auto", "graph", "compiled", "eager"], default="auto", help="(auto)")
+    bench.add_argument("--threads", type=int, default=0, help="of torch (0: all cores)")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    official = verb("import-official", _import_official, "Read the published Dita checkpoint into a policy folder.", """
+        dita import-official dita.pth outputs/official
+        dita import-official libero.pth outputs/libero --action-slots 11 --schedule cosine100
+        dita import-official dita.pth outputs/official --text-encoder clip-vit-large-patch14 \\
+            --embodiment my_robot.yaml --stats my_statistics.json""", False)  # fmt: skip
+    official.add_argument("file", help=".pth (weights under the key 'parameter') or .safetensors")
+    official.add_argument("out", help="policy folder to write")
+    official.add_argument("--action-slots", type=int, default=16, help="16 in pretraining, 11 for LIBERO, CALVIN (16)")
+    official.add_argument("--schedule", choices=["linear1000", "cosine100"], default="linear1000",
+                          help="linear1000 in pretraining, cosine100 in finetuning (linear1000)")  # fmt: skip
+    official.add_argument("--vision-heads", type=int, default=12, help="of the ViT, which no shape tells (12)")
+    official.add_argument("--qformer-heads", type=int, help="(width / 64)")
+    official.add_argument("--trunk-heads", type=int, help="(width / 64)")
+    official.add_argument("--text-encoder", metavar="FOLDER", help="folder or hub id of CLIP ViT-L/14")
+    official.add_argument("--embodiment", metavar="NAME|YAML", help="the robot it drives; needs --stats")
+    official.add_argument("--stats", metavar="JSON", help="that robot's statistics")
     report = verb("report", _report, "Write one self-contained HTML page about a demo folder.", """
         dita report outputs/demo""", False)  # fmt: skip
     report.add_argument("folder")
@@ -195,6 +226,34 @@ def _robot(args: argparse.Namespace, overrides: list[str]) -> None:
     from robot_io.live import run_role
 
     run_role(args.role, config, args.exist)
+
+
+def _bench_policy(args: argparse.Namespace, overrides: list[str]) -> None:
+    import torch
+
+    from dita.policy.bench import bench_policy, print_timing
+    from dita.policy.policy import DitaPolicy
+
+    torch.set_num_threads(args.threads or os.cpu_count() or 1)
+    timing = bench_policy(
+        DitaPolicy.from_pretrained(args.checkpoint, args.device, args.precision),
+        embodiment=args.embodiment, num_inference_steps=args.steps, path=args.path, rate=args.rate, ticks=args.ticks,
+    )  # fmt: skip
+    print(json.dumps(asdict(timing))) if args.json else print_timing(timing)
+
+
+def _import_official(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dita.policy.official import import_official, published_parameters
+
+    policy = import_official(
+        Path(args.file), Path(args.out), action_slots=args.action_slots, schedule=args.schedule,
+        vision_heads=args.vision_heads, qformer_heads=args.qformer_heads, trunk_heads=args.trunk_heads,
+        embodiment=args.embodiment, stats=Path(args.stats) if args.stats else None, text_encoder=args.text_encoder,
+    )  # fmt: skip
+    count = published_parameters(policy.model)
+    print(f"imported: {args.out}, {count:,} parameters, {policy.model.action_slots} action slots, {args.schedule}")
+    if not policy.specs:
+        print("it knows no embodiment: finetune it, or import it with --embodiment and --stats to predict")
 
 
 def _report(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -301,6 +301,9 @@ class LiveConfig:
     max_age: float  # policy: oldest observation to act on
     replan_interval: float  # policy: least time between two observations to plan from; 0: as fast as it can
     num_inference_steps: int | None  # None: the checkpoint's
+    device: str  # of the policy
+    precision: Literal["fp32", "bf16"]
+    path: Literal["auto", "graph", "compiled", "eager"]  # auto: CUDA graphs on a GPU; falls back, and says why
     start_timeout: float  # until every process has joined
     episode_timeout: float  # until an episode is over
 

@@ -7,7 +7,7 @@ Shape legend: b batch, t frames, v camera slots, n actions, a action dims, A pad
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -167,36 +167,49 @@ class Preprocessor:
             stamp=history[-1].stamp,
         )
 
-    def observe(self, windows: Sequence[Window], *, with_images: bool = True) -> Observation:
+    def observe(self, windows: Sequence[Window]) -> Observation:
         """Make the batched observation; images stay uint8.
-
-        with_images: False leaves them out, for a caller that takes them one by one through `frame`.
 
         Raises:
             ValueError: unknown embodiment, other cameras, image sizes, state dims, or a state that is not finite.
         """
-        b, size = len(windows), self.image_size if with_images else 0
+        b, size = len(windows), self.image_size
         images = np.zeros((b, self.frames, self.views, size, size, 3), np.uint8)
-        image_valid = np.zeros((b, self.frames, self.views), bool)
-        state = np.zeros((b, self.frames, self.state_dim), np.float32)
         tokens = [self.tokens(w.instruction) for w in windows]
         for i, w in enumerate(windows):
+            for camera in self._spec(w.embodiment).cameras:
+                images[i, :, camera.slot] = self._fit(self._frames_of(w, camera))
+        return replace(
+            self.low_dim(windows),
+            images=torch.from_numpy(images).permute(0, 1, 2, 5, 3, 4),  # a view: channels-last, as convolutions like it
+            language=torch.from_numpy(np.stack([ids for ids, _ in tokens])),
+            language_valid=torch.from_numpy(np.stack([valid for _, valid in tokens])),
+        )
+
+    def low_dim(self, windows: Sequence[Window]) -> Observation:
+        """Make the observation without pictures and words, for a caller that keeps those from tick to tick.
+
+        Raises:
+            ValueError: unknown embodiment, wrong number of state dims, or a state that is not finite.
+        """
+        b = len(windows)
+        image_valid = np.zeros((b, self.frames, self.views), bool)
+        state = np.zeros((b, self.frames, self.state_dim), np.float32)
+        for i, w in enumerate(windows):
             spec = self._spec(w.embodiment)
-            for camera in spec.cameras:
-                if with_images:
-                    images[i, :, camera.slot] = self._fit(self._frames_of(w, camera))
-                image_valid[i, :, camera.slot] = w.frame_valid
+            image_valid[i, :, [c.slot for c in spec.cameras]] = w.frame_valid
             if not np.isfinite(w.state).all():
                 raise ValueError(f"state of {spec.name!r} is not finite: {w.state.tolist()}")
             state[i] = pad(self._state[spec.name].apply(w.state), spec.state, self.state_dim)
         names = [w.embodiment for w in windows]
+        none = torch.zeros(b, 0, dtype=torch.long)
         return Observation(
-            images=torch.from_numpy(images).permute(0, 1, 2, 5, 3, 4),  # a view: channels-last, as convolutions like it
+            images=torch.zeros(b, self.frames, self.views, 3, 0, 0, dtype=torch.uint8),
             image_valid=torch.from_numpy(image_valid),
             state=torch.from_numpy(state),
             state_valid=torch.from_numpy(np.stack([self.state_mask[n] for n in names])),
-            language=torch.from_numpy(np.stack([ids for ids, _ in tokens])),
-            language_valid=torch.from_numpy(np.stack([valid for _, valid in tokens])),
+            language=none,
+            language_valid=none.bool(),
             embodiment=torch.tensor([self.index[n] for n in names]),
         )
 

@@ -554,6 +554,9 @@ def policy(
     embodiment: str,
     seed: int,
     num_inference_steps: Optional[int],
+    device: str,
+    precision: Any,
+    path: Any,
     slop: float,
     max_age: float,
     interval: float,
@@ -562,22 +565,17 @@ def policy(
     import torch
 
     from dita.embodiment import embodiment_to_dict
+    from dita.policy.fast import PolicySession
     from dita.policy.policy import DitaPolicy
     from dita.types import RawObservation
 
     torch.set_num_threads(1)  # the guard and the twin need the other core
-    model = DitaPolicy.from_pretrained(checkpoint)
-    if embodiment not in model.specs:
-        raise ValueError(f"{checkpoint} does not know {embodiment!r}; it knows {', '.join(sorted(model.specs))}")
-
-    class Bound:
-        def predict(self, history: Any, *, seed: int) -> Any:
-            return model.predict(history, seed=seed, embodiment=embodiment, num_inference_steps=num_inference_steps)
-
+    model = DitaPolicy.from_pretrained(checkpoint, device, precision)
+    session = PolicySession(model, embodiment=embodiment, num_inference_steps=num_inference_steps, path=path)
     spec = embodiment_to_dict(model.specs[embodiment])
     node = PolicyNode(
         open_bus(name="policy", **bus),
-        Bound(),
+        session,
         spec,
         model.contract.hash_of(embodiment),
         RawObservation,

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import embodiment_dict, field, make_history, make_stats
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dita.policy.official import COUNTER, OfficialPolicy, from_state_dict
+from dita.cli import compose, main
+from dita.config import TrainConfig
+from dita.embodiment import load_embodiment
+from dita.normalize import stats_to_dict
+from dita.policy.official import (
+    COUNTER,
+    OfficialPolicy,
+    diffusion_config,
+    from_state_dict,
+    infer_config,
+    official_names,
+    published_parameters,
+)
+from dita.policy.policy import DitaPolicy
 
 REFERENCE = Path(__file__).parent.parent.parent / "shared" / "reference" / "official_dita"
 SCHEDULES = {"0": "cosine100", "1": "linear1000"}
@@ -49,11 +66,91 @@ def test_every_published_name_and_shape_is_consumed() -> None:
     assert len(shapes) == 373
     state_dict = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     policy = from_state_dict(state_dict, 16, "linear1000")
-    made_up = {"vision.patches.vit.embeddings.mask_token"}  # transformers' own
-    positions = policy.model.state_dict()["vision.patches.vit.embeddings.position_embeddings"]
-    total = sum(t.numel() for n, t in policy.model.state_dict().items() if n not in made_up) - positions[:, :1].numel()
-    assert total == 213_225_984
-    assert sum(t.numel() for n, t in state_dict.items() if n != COUNTER) == total
+    assert published_parameters(policy.model) == 213_225_984
+    assert sum(t.numel() for t in state_dict.values()) == 213_225_984 + 1  # and the counter
+    assert set(official_names(policy.policy.config)) == state_dict.keys() - {COUNTER}
+
+
+def test_dita_base_is_the_published_network() -> None:
+    """No departure from the paper is on: its config is the one read off the published shapes, apart from two names."""
+    shapes = json.loads((REFERENCE / "full_size_parameter_shapes.json").read_text())
+    read_off = infer_config({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, 16)
+    config = compose("train", ["policy=dita_base"], TrainConfig)
+    assert dataclasses.replace(read_off, name="dita_base") == config.policy
+    assert config.diffusion == dataclasses.replace(
+        diffusion_config("cosine100"), num_inference_steps=config.diffusion.num_inference_steps
+    )
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_import_writes_a_folder_that_samples_the_official_actions(suffix, tmp_path, capsys) -> None:
+    _, io, sizes = load("t11_cosine100")
+    source = REFERENCE / "t11_cosine100" / "state_dict.safetensors"
+    if suffix == ".pth":
+        source = tmp_path / "published.pth"
+        state = load_file(REFERENCE / "t11_cosine100" / "state_dict.safetensors")
+        adam = {"state": {0: {"exp_avg": torch.zeros(3), "step": 5}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
+        torch.save({"parameter": state, "optimizer": adam, "epoch": 3}, source)
+    argv = ["import-official", str(source), str(tmp_path / "out"), "--action-slots", "11"]
+    argv += ["--schedule", "cosine100", "--vision-heads", "2"]
+    assert main(argv) == 0
+    assert "11 action slots, cosine100" in capsys.readouterr().out
+    loaded = OfficialPolicy(DitaPolicy.from_pretrained(tmp_path / "out"))
+    image, language = io["input.image"], io["input.language"]
+    actions = loaded.sample(io["input.initial_noise"], image, language, int(sizes["steps"]))
+    torch.testing.assert_close(actions, io["output.sampled_actions"], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="knows no embodiment, hence no units"):
+        loaded.policy.predict([], seed=0)
+    assert main(argv) == 1 and "exists" in capsys.readouterr().err
+    assert main(["bench-policy", str(tmp_path / "out"), "--ticks", "2", "--threads", "1", "--json"]) == 0
+    timing = json.loads(capsys.readouterr().out)
+    assert timing["ticks"] == 2 and timing["path"] == "eager" and 0 < timing["p50"] <= timing["p99"]
+
+
+def test_import_with_an_embodiment_predicts_in_its_units(tmp_path, clip_folder, capsys) -> None:
+    values = embodiment_dict(size=28) | {"state": []}
+    values["action"] = [
+        field("position", "ee_position", 3, 0, "delta", 0.05),
+        field("rotation", "ee_rotation_axis_angle", 3, 3, "delta", 0.2),
+        field("grip", "gripper_binary", 1, 6),
+    ]
+    (tmp_path / "robot.yaml").write_text(yaml.safe_dump(values))
+    spec = load_embodiment(tmp_path / "robot.yaml")
+    (tmp_path / "stats.json").write_text(json.dumps(stats_to_dict(make_stats(spec))))
+    # a text encoder of the reference's width
+    _, _, sizes = load("t11_cosine100")
+    folder = clip_folder(int(sizes["dim"]))
+    source = REFERENCE / "t11_cosine100" / "state_dict.safetensors"
+    base = ["import-official", str(source), str(tmp_path / "out"), "--action-slots", "11", "--schedule", "cosine100"]
+    base += ["--vision-heads", "2", "--text-encoder", str(folder)]
+    assert main([*base, "--embodiment", str(tmp_path / "robot.yaml")]) == 1
+    assert "--embodiment and --stats together" in capsys.readouterr().err
+    assert main([*base, "--embodiment", str(tmp_path / "robot.yaml"), "--stats", str(tmp_path / "stats.json")]) == 0
+    policy = DitaPolicy.from_pretrained(tmp_path / "out")
+    chunk = policy.predict(make_history(spec, 0), seed=0)
+    assert chunk.values.shape == (10, 7)
+    assert np.abs(chunk.values).max() <= 0.011  # q01..q99 of the statistics, and not the network's own range
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"parameter": {"x": 3}}, "expected weights by name under the key 'parameter'"),
+        ({"model": {}, "epoch": 1}, "holds keys ['epoch', 'model']"),
+        ([1, 2], "holds list"),
+        ({"parameter": {"a.b": torch.zeros(2)}}, "transformer.lm_head.weight is missing"),
+        (object(), "refused"),
+        (b"no checkpoint at all", "refused"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(content, message, tmp_path, capsys) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    assert main(["import-official", str(path), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert main(["import-official", str(tmp_path / "none.pth"), str(tmp_path / "out")]) == 1
+    assert "does not exist" in capsys.readouterr().err
 
 
 def test_misfits_are_listed_and_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -18,41 +17,23 @@ VIT = VisionConfig("dinov2_qformer", 28, 4, 1, None, True, 64, 2, 2, None, False
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
-
-    folder = tmp_path_factory.mktemp("clip")
-    words = [
-        "<|startoftext|>",
-        "<|endoftext|>",
-        *[chr(c) for c in range(97, 123)],
-        *[f"{chr(c)}</w>" for c in range(97, 123)],
-    ]
-    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    CLIPTextModel(config).eval().save_pretrained(folder)
-    return folder
+def clip(clip_folder):
+    return clip_folder(32)
 
 
-def test_clip_states_are_those_of_transformers_and_frozen(clip_folder) -> None:
+def test_clip_states_are_those_of_transformers_and_frozen(clip) -> None:
     from transformers import AutoTokenizer, CLIPTextModel
 
-    config = LanguageConfig("transformers", 77, 0, str(clip_folder))
+    config = LanguageConfig("transformers", 77, 0, str(clip))
     ids, valid = tokenizer(config)("open the drawer")
     assert ids.shape == (77,) and valid.all()
     encoder = text_encoder(config, 32)
     states, _ = encoder(torch.from_numpy(ids)[None].repeat(3, 1), torch.from_numpy(valid)[None].repeat(3, 1))
-    text = AutoTokenizer.from_pretrained(clip_folder)(
+    text = AutoTokenizer.from_pretrained(clip)(
         "open the drawer", padding="max_length", max_length=77, return_tensors="pt"
     )
     with torch.no_grad():
-        expected = CLIPTextModel.from_pretrained(clip_folder)(text["input_ids"]).last_hidden_state
+        expected = CLIPTextModel.from_pretrained(clip)(text["input_ids"]).last_hidden_state
     torch.testing.assert_close(states, expected.expand(3, -1, -1), atol=1e-6, rtol=0)
     assert not list(encoder.parameters()) and not encoder.state_dict()  # its weights stay in their own folder
     with pytest.raises(ValueError, match="the policy takes 77"):
@@ -66,10 +47,10 @@ def test_missing_text_encoder_says_what_to_give() -> None:
         text_encoder(LanguageConfig("transformers", 77, 0, "/nowhere"), 32)
 
 
-def test_a_policy_with_dino_and_clip_learns_saves_and_loads(spec, clip_folder, tmp_path) -> None:
+def test_a_policy_with_dino_and_clip_learns_saves_and_loads(spec, clip, tmp_path) -> None:
     from dita.checkpoint import load_policy, save_policy
 
-    config = policy_config(language=LanguageConfig("transformers", 77, 0, str(clip_folder)), vision=VIT)
+    config = policy_config(language=LanguageConfig("transformers", 77, 0, str(clip)), vision=VIT)
     spec = dataclasses.replace(spec, cameras=(dataclasses.replace(spec.cameras[0], height=28, width=28),))
     policy = DitaPolicy(config, diffusion_config(), contract_of([spec], config))
     batch = policy.preprocessor.batch([make_window(spec, i) for i in range(2)])
@@ -81,7 +62,7 @@ def test_a_policy_with_dino_and_clip_learns_saves_and_loads(spec, clip_folder, t
     assert (a == b).all()
 
 
-def test_dino_loads_from_a_folder_and_refuses_another_model(tmp_path, clip_folder) -> None:
+def test_dino_loads_from_a_folder_and_refuses_another_model(tmp_path, clip) -> None:
     from transformers import Dinov2WithRegistersModel
 
     torch.manual_seed(1)

@@ -177,9 +177,10 @@ class PackedLinear(nn.Module):
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
         self.bias = linear.bias
         x = torch.linspace(-1, 1, weight.shape[1], dtype=weight.dtype).expand(2, -1).contiguous()
-        expected, found = F.linear(x, weight, self.bias), self(x)
-        if not torch.allclose(expected.float(), found.float(), rtol=1e-2 if weight.dtype == torch.bfloat16 else 1e-4):
-            raise RuntimeError(f"packed weights give other products, by {(expected - found).abs().max():.1e}")
+        with torch.no_grad():
+            problem = judge([F.linear(x, weight, self.bias)], [self(x)], TOLERANCE[weight.dtype])
+        if problem:
+            raise RuntimeError(f"packed weights give other products: {problem}")
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.packed, self.bias, "none", [], "")
@@ -263,6 +264,22 @@ class PolicySession:
         self._instruction: Instruction | None = None
         self._frames: dict[tuple[str, float], _Frame] = {}
 
+    @torch.no_grad()
+    def instruct(self, instruction: str, states: Float[Tensor, "1 l d"] | None = None) -> None:
+        """Take up an instruction and forget frames seen under another one; `predict` does so by itself.
+
+        states: its token states, where a text encoder elsewhere made them.
+        """
+        self.reset()
+        policy, model = self.policy, self.policy.model
+        if states is None:
+            ids, valid = (torch.from_numpy(x)[None].to(policy.device) for x in policy.preprocessor.tokens(instruction))
+            self._instruction = model.instruct(ids, valid)
+        else:
+            valid = torch.ones(states.shape[:2], dtype=torch.bool, device=policy.device)
+            self._instruction = model.instruct_states(states.to(policy.device), valid)
+        self._words = instruction
+
     @property
     def path(self) -> str:
         """How the last tick ran: graph, compiled or eager."""
@@ -284,11 +301,9 @@ class PolicySession:
         """Return the chunk for the last observation of a history; as `DitaPolicy.predict`, with its errors."""
         policy = self.policy
         window = policy.preprocessor.window(history, self.embodiment)
-        observation = policy.preprocessor.observe([window], with_images=False).to(policy.device)
+        observation = policy.preprocessor.low_dim([window]).to(policy.device)
         if self._words != window.instruction:
-            self.reset()
-            self._instruction = policy.model.instruct(observation.language, observation.language_valid)
-            self._words = window.instruction
+            self.instruct(window.instruction)
         noise = policy.noise(seed)[None, None].to(policy.device)  # [1 1 n A]
         decided = None if committed is None else policy.commit([committed], [seed], self.embodiment, self.steps)
         inputs = [
@@ -338,7 +353,7 @@ class PolicySession:
         image_valid, state, state_valid, embodiment, noise, *kept = rest
         layers = self.policy.config.layers
         instruction, decided = _unflat(kept[: 2 * layers + 2], layers), kept[2 * layers + 2 :]
-        none = torch.empty(0, device=visual.device)  # what the prefix of the instruction and `visual` stand for
+        none = torch.empty(0, device=visual.device)  # pictures and words are in `visual` and `instruction`
         observation = Observation(none, image_valid, state, state_valid, none, none, embodiment)
         context = self.policy.model.observe(observation, instruction, visual)
         trace: list[Tensor] = []

@@ -241,6 +241,11 @@ def import_official(
     return policy
 
 
+def published_parameters(model: DitaModel) -> int:
+    """Count the parameters that come from the published file: without transformers' mask token and class position."""
+    return sum(p.numel() for p in model.parameters()) - 2 * model.config.dim
+
+
 def read_state_dict(file: Path) -> dict[str, Tensor]:
     """Read the weights of a `.pth` or `.safetensors` file; nothing in it is executed.
 
