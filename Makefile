@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint evidence clean
+.PHONY: demo test lint bench evidence
 
 demo: $(VENV)/.installed  ## the main job, end to end; an interrupted one continues
 	@$(BIN)/dita env --setup
@@ -19,6 +19,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/.installed  ## ratios against peers, full size, on an idle machine; ROWS="denoise_exact memory" for some
+	@$(BIN)/python -m benchmarks $(ROWS)
 
 evidence: $(VENV)/.installed  ## hours: three training seeds, baselines, multitask; resumes; writes docs/evidence
 	@$(BIN)/python benchmarks/evidence.py

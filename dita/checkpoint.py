@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,22 +23,31 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from dita.config import DiffusionConfig, PolicyConfig, from_dict, to_dict
 from dita.policy.policy import DitaPolicy
 from dita.preprocess import Contract
 
 Precision = Literal["fp32", "bf16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMAT_VERSION = 2  # 2: q, k, v and gate, up are one tensor each
 
 
-def save_policy(policy: DitaPolicy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+def save_policy(
+    policy: DitaPolicy, folder: Path, weights: Mapping[str, Tensor] | None = None, precision: Precision = "fp32"
+) -> None:
     """Write a policy folder, atomically; `weights` (e.g. the EMA's) replace the module's own.
+
+    precision: bf16 halves the file, for deployment in that precision.
 
     Raises:
         ValueError: a weight is not finite.
     """
     tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or policy.state_dict()).items()}
+    if precision == "bf16":
+        lower = {f"model.{name}" for name, _ in policy.model.named_parameters()}
+        tensors = {name: t.to(torch.bfloat16) if name in lower else t for name, t in tensors.items()}
     _refuse_not_finite(tensors, "refusing to save weights that are not finite")
     config = {"policy": to_dict(policy.config), "diffusion": to_dict(policy.diffusion.config)}
 
@@ -58,22 +68,37 @@ def load_policy(folder: str | Path, device: str = "cpu", precision: Precision = 
     verify_folder(at)
     config = read_json(at / "config.json")
     contract = Contract.from_dict(read_json(at / "contract.json"))
-    weights = load_tensors(at / "model.safetensors")
-    with torch.device("meta"):  # the file's tensors take the place of the weights: none is initialised or copied
-        policy = DitaPolicy(
-            from_dict(PolicyConfig, config["policy"], f"{at}/config.json: policy"),
-            from_dict(DiffusionConfig, config["diffusion"], f"{at}/config.json: diffusion"),
-            contract,
-            weights["diffusion.alphas_cumprod"],
-        )
-    _fit_names(policy, weights, at / "model.safetensors")
-    _refuse_not_finite(weights, f"{at / 'model.safetensors'} holds weights that are not finite")
+    path = at / "model.safetensors"
+    # a mapping of its own, dropped again: pages that were looked at would stay in memory beside what is built from them
+    _refuse_not_finite(load_tensors(path), f"{path} holds weights that are not finite")
+    weights = load_tensors(path)
+    sizes = from_dict(PolicyConfig, config["policy"], f"{at}/config.json: policy")
+    objective = from_dict(DiffusionConfig, config["diffusion"], f"{at}/config.json: diffusion")
+    with blank_weights(sizes):
+        policy = DitaPolicy(sizes, objective, contract, weights["diffusion.alphas_cumprod"])
+    _fit_names(policy, weights, path)
     policy.load_state_dict(weights, assign=True)
-    if precision == "bf16":
-        weights.clear()
-        for parameter in policy.model.parameters():  # schedules and pixel statistics are buffers and stay fp32
-            parameter.data = parameter.data.to(torch.bfloat16)
+    weights.clear()
+    for parameter in policy.model.parameters():  # schedules and pixel statistics are buffers and stay fp32
+        parameter.data = parameter.data.to(DTYPES[precision])
     return policy.to(device).eval()
+
+
+class _SkipInit(TorchFunctionMode):
+    """Leave new weights as they are: what torch.nn.init would do to them is skipped."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def blank_weights(config: PolicyConfig) -> AbstractContextManager[Any]:
+    """Build a policy whose weights a file will replace: nothing is drawn, and no memory touched.
+
+    The meta device would do for every policy, but using it costs a second of imports; transformers costs them anyway.
+    """
+    return _SkipInit() if config.vision.kind == "conv_qformer" else torch.device("meta")
 
 
 def find_policy(folder: Path) -> Path:

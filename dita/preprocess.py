@@ -173,18 +173,26 @@ class Preprocessor:
         Raises:
             ValueError: unknown embodiment, other cameras, image sizes, state dims, or a state that is not finite.
         """
-        b, size = len(windows), self.image_size
-        images = np.zeros((b, self.frames, self.views, size, size, 3), np.uint8)
         tokens = [self.tokens(w.instruction) for w in windows]
-        for i, w in enumerate(windows):
-            for camera in self._spec(w.embodiment).cameras:
-                images[i, :, camera.slot] = self._fit(self._frames_of(w, camera))
         return replace(
             self.low_dim(windows),
-            images=torch.from_numpy(images).permute(0, 1, 2, 5, 3, 4),  # a view: channels-last, as convolutions like it
+            images=self.images(windows),
             language=torch.from_numpy(np.stack([ids for ids, _ in tokens])),
             language_valid=torch.from_numpy(np.stack([valid for _, valid in tokens])),
         )
+
+    def images(self, windows: Sequence[Window]) -> UInt8[Tensor, "b t v 3 z z"]:
+        """Fit every frame to the policy's size; a slot without camera is black.
+
+        Raises:
+            ValueError: unknown embodiment, other cameras, image sizes or dtypes.
+        """
+        size = self.image_size
+        images = np.zeros((len(windows), self.frames, self.views, size, size, 3), np.uint8)
+        for i, w in enumerate(windows):
+            for camera in self._spec(w.embodiment).cameras:
+                images[i, :, camera.slot] = self._fit(self._frames_of(w, camera))
+        return torch.from_numpy(images).permute(0, 1, 2, 5, 3, 4)  # a view: channels-last, as convolutions like it
 
     def low_dim(self, windows: Sequence[Window]) -> Observation:
         """Make the observation without pictures and words, for a caller that keeps those from tick to tick.

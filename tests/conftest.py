@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -128,20 +127,10 @@ def clip_folder(tmp_path_factory):
     """Return a function: width -> folder of a small CLIP text model with random weights, written by transformers."""
 
     def write(width: int) -> Path:
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+        from benchmarks.process_rows import write_clip
 
         folder = tmp_path_factory.mktemp("clip")
-        letters = [chr(c) for c in range(97, 123)]
-        words = ["<|startoftext|>", "<|endoftext|>", *letters, *[f"{c}</w>" for c in letters]]
-        (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
-        (folder / "merges.txt").write_text("#version: 0.2\n")
-        CLIPTokenizerFast(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
-        torch.manual_seed(0)
-        config = CLIPTextConfig(
-            vocab_size=len(words), hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=77, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        )  # fmt: skip
-        CLIPTextModel(config).eval().save_pretrained(folder)
+        write_clip(folder, width, "quick")
         return folder
 
     return write

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dita.checkpoint import blank_weights
 from dita.config import PolicyConfig
 from dita.embodiment import embodiment_from_dict
 from dita.normalize import fit
@@ -97,7 +98,7 @@ def with_stand_in(policy: DitaPolicy) -> DitaPolicy:
     stats = fit(spec, [(zeros.repeat(spec.state_dim, 1), zeros.repeat(spec.action_dim, 1))])
     p = policy.contract.preprocess
     contract = Contract(p, {spec.name: spec}, {spec.name: stats})
-    with torch.device("meta"):
+    with blank_weights(policy.config):
         twin = DitaPolicy(policy.config, policy.diffusion.config, contract, policy.diffusion.alphas_cumprod)
     twin.load_state_dict(policy.state_dict(), assign=True)
     return twin.to(policy.device).eval()

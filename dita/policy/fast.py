@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dita.batch import Observation
+from dita.policy.language import PretrainedEncoder
 from dita.policy.model import Instruction
 from dita.policy.policy import Committed, DitaPolicy
 from dita.policy.transformer import Prefix
@@ -225,22 +226,30 @@ class PolicySession:
         embodiment: str | None = None,
         num_inference_steps: int | None = None,
         path: Literal["auto", "graph", "compiled", "eager"] = "auto",
+        lean: bool = False,
         graphs: GraphDevice | None = None,
     ) -> None:
         """Prepare a policy for one embodiment.
 
         Args:
-            policy: unchanged; on a CPU its large weights are packed once more.
+            policy: unchanged.
             embodiment: needed if the policy knows several.
             num_inference_steps: of the solver; None: the checkpoint's.
             path: auto: CUDA graphs on a GPU, eager on a CPU; each falls back to the next slower one.
+            lean: a third of the memory: the weights are not kept once more as the CPU's kernels like them best, and the
+                text encoder leaves memory after each new instruction, which then takes seconds.
             graphs: what captures; None: CUDA.
 
         Raises:
             ValueError: unknown embodiment, or a number of steps that the schedule does not have.
         """
         self.embodiment = policy.embodiment_name(embodiment)
-        self._given, self.policy = policy, inference_twin(policy, pack=True)
+        self.policy = inference_twin(policy, pack=not lean)
+        self._encoder = policy.model.language if isinstance(policy.model.language, PretrainedEncoder) else None
+        self._lean = lean
+        if self._encoder is not None and self._encoder.config.pretrained is not None and not lean:
+            self._encoder.load()
+        self._plain = policy if path == "compiled" or policy.device.type != "cpu" else self.policy  # for a compiler
         self._cameras = policy.specs[self.embodiment].cameras
         self.steps = num_inference_steps or policy.diffusion.config.num_inference_steps
         self._plan = self.policy.diffusion.plan(self.steps, policy.device)
@@ -275,6 +284,8 @@ class PolicySession:
         if states is None:
             ids, valid = (torch.from_numpy(x)[None].to(policy.device) for x in policy.preprocessor.tokens(instruction))
             self._instruction = model.instruct(ids, valid)
+            if self._encoder is not None and self._lean:
+                self._encoder.unload()
         else:
             valid = torch.ones(states.shape[:2], dtype=torch.bool, device=policy.device)
             self._instruction = model.instruct_states(states.to(policy.device), valid)
@@ -373,7 +384,7 @@ class PolicySession:
 
         def compiled(inputs: Sequence[Tensor]) -> Function:
             other = copy.copy(self)
-            other.policy = inference_twin(self._given, pack=False)
+            other.policy = inference_twin(self._plain, pack=False)
             other.policy.model.trunk.compile(dynamic=False)
             return getattr(other, name)
 

@@ -91,32 +91,51 @@ class ByteEncoder(nn.Module):
 
 
 class PretrainedEncoder(nn.Module):
-    """A frozen transformers text encoder; token states of each distinct instruction are computed once."""
+    """A frozen transformers text encoder; token states of each distinct instruction are computed once.
+
+    Its weights stay in their own folder, not in our checkpoint, and are loaded for the first instruction.
+    """
 
     def __init__(self, config: LanguageConfig, dim: int) -> None:
         super().__init__()
         self.config = config
         self._cache: dict[bytes, Tensor] = {}
-        self._frozen: tuple[nn.Module, ...] = ()
+        self._loaded: tuple[nn.Module, ...] = ()  # a tuple hides the module from state_dict
+        self.project = nn.Identity()
         if config.pretrained is None:  # an imported policy: the folder is asked for when an instruction comes
-            self.project = nn.Identity()
+            return
+        from transformers import AutoConfig
+
+        try:
+            found = AutoConfig.from_pretrained(_source(config))
+        except (OSError, ValueError) as e:
+            raise _no_text_encoder(config, e) from None
+        width: int = getattr(found, "text_config", found).hidden_size
+        if width != dim:
+            self.project = nn.Linear(width, dim)
+
+    def load(self) -> None:
+        """Load the weights now, rather than with the first instruction.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if self._loaded:
             return
         from transformers import AutoConfig, AutoModel, CLIPTextModel
 
         try:
-            kind = AutoConfig.from_pretrained(_source(config)).model_type
+            kind = AutoConfig.from_pretrained(_source(self.config)).model_type
             cls = CLIPTextModel if kind in ("clip", "clip_text_model") else AutoModel
-            # a tuple hides the module from state_dict: the weights stay in their own folder, not in our checkpoint
-            with torch.device("cpu"):  # its weights are real, also where the policy around it is built on meta
-                self._frozen = (cls.from_pretrained(_source(config)).eval().requires_grad_(False),)
-        except OSError as e:
-            raise _no_text_encoder(config, e) from None
-        width: int = self._frozen[0].config.hidden_size  # pyright: ignore
-        self.project = nn.Identity() if width == dim else nn.Linear(width, dim)
+            self._loaded = (cls.from_pretrained(_source(self.config)).eval().requires_grad_(False),)
+        except (OSError, ValueError) as e:
+            raise e if self.config.pretrained is None else _no_text_encoder(self.config, e) from None
+
+    def unload(self) -> None:
+        """Free the weights; the states of instructions seen so far stay."""
+        self._loaded = ()
 
     def forward(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._frozen:
-            _source(self.config)
         states = torch.stack([self._states(row) for row in ids])  # [b l w]
         dtype = next((p.dtype for p in self.project.parameters()), states.dtype)
         return self.project(states.to(ids.device, dtype)), valid
@@ -125,7 +144,8 @@ class PretrainedEncoder(nn.Module):
     def _states(self, row: Int[Tensor, "l"]) -> Float[Tensor, "l w"]:
         key = row.cpu().numpy().tobytes()
         if key not in self._cache:
-            self._cache[key] = self._frozen[0](row[None].cpu()).last_hidden_state[0]
+            self.load()
+            self._cache[key] = self._loaded[0](row[None].cpu()).last_hidden_state[0]
         return self._cache[key]
 
 

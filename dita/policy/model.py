@@ -84,7 +84,7 @@ class DitaModel(nn.Module):
         """Recompute activations in the backward pass instead of keeping them: less memory, a third more time."""
         self.trunk.checkpointing = True
         if isinstance(self.vision.patches, DinoPatches):
-            self.vision.patches.vit.gradient_checkpointing_enable({"use_reentrant": False})
+            self.vision.patches.vit.activation_checkpointing_enable({"use_reentrant": False})
 
     def instruct(self, ids: Int[Tensor, "i l"], valid: Bool[Tensor, "i l"]) -> Instruction:
         """Encode distinct instructions; holds until the instruction changes."""

@@ -1,0 +1,18 @@
+"""Every row, by the name that `make bench ROWS=` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.harness import Case
+from benchmarks.policy_rows import denoise_exact, tick_gpu, tick_stream, train_multinoise
+from benchmarks.process_rows import memory, startup
+
+ROWS: dict[str, Callable[[str], list[Case]]] = {
+    "denoise_exact": denoise_exact,
+    "tick_stream": tick_stream,
+    "tick_gpu": tick_gpu,
+    "train_multinoise": train_multinoise,
+    "memory": memory,
+    "startup": startup,
+}
