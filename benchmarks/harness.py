@@ -186,7 +186,8 @@ def write_readme() -> None:
 
 
 def _cells(c: Case) -> tuple[str, str, str, str, str]:
-    met = "not measured" if c.met is None else "yes" if c.met else "**missed**"
+    missing = "not measured" if c.ratio is None else "-"  # a ratio without a goal
+    met = missing if c.met is None else "yes" if c.met else "**missed**"
     ratio = "-" if c.ratio is None else f"{c.ratio:.2f}x"
     return _quantity(c.ours, c.unit), _quantity(c.peer, c.unit), ratio, c.goal, met
 
@@ -196,4 +197,4 @@ def _quantity(value: float | None, unit: str) -> str:
         return "-"
     if unit == "s":
         return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
-    return f"{value:.3g} {unit}"
+    return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.harness import Case
+from benchmarks.loader_rows import loader
 from benchmarks.policy_rows import denoise_exact, tick_gpu, tick_stream, train_multinoise
 from benchmarks.process_rows import memory, startup
 
@@ -13,6 +14,7 @@ ROWS: dict[str, Callable[[str], list[Case]]] = {
     "tick_stream": tick_stream,
     "tick_gpu": tick_gpu,
     "train_multinoise": train_multinoise,
+    "loader": loader,
     "memory": memory,
     "startup": startup,
 }

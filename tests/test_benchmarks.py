@@ -57,7 +57,9 @@ def test_the_table_says_met_missed_and_not_measured(tmp_path) -> None:
     table = harness.readme_table(tmp_path)
     assert "| denoise_exact | a | 100 ms | 500 ms | 5.00x | >= 3x | yes |" in table
     assert "| b | 2 s | 2 s | 1.00x | >= 3x | **missed** |" in table and "no CUDA device" in table
-    assert "Not yet measured: tick_stream, tick_gpu, train_multinoise, memory, startup." in table  # quick never counts
+    assert (
+        "Not yet measured: tick_stream, tick_gpu, train_multinoise, loader, memory, startup." in table
+    )  # quick never counts
 
 
 def test_unknown_rows_are_refused(capsys) -> None:
