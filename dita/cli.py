@@ -70,14 +70,24 @@ def build_parser() -> argparse.ArgumentParser:
         dita collect out=data/button.zarr env.tasks=[button-press-topdown-v3] episodes=60
         dita collect out=data/demo.zarr env.tasks=[button-press-topdown-v3,reach-v3] --resume""", True)  # fmt: skip
     _add_exist(collect)
-    inspect = verb("inspect", _inspect, "Show what a store holds; check every byte.", """
+    inspect = verb("inspect", _inspect, "Show what a store holds; check every byte; find faults; open it in Rerun.", """
         dita inspect data/demo.zarr
         dita inspect data/demo.zarr --verify --sheet frames.png
-        dita inspect data/demo.zarr --json""", False)  # fmt: skip
-    inspect.add_argument("store")
+        dita inspect data/demo.zarr --json
+        dita inspect data/test.zarr data/train.zarr --doctor --out outputs/doctor
+        dita inspect data/demo.zarr --view --episodes 0 7
+        dita inspect data/demo.zarr --view --view-out demo.rrd""", False)  # fmt: skip
+    inspect.add_argument("store", nargs="+", help="several only with --doctor; of a duplicate the first one is kept")
     inspect.add_argument("--verify", action="store_true", help="read and check every byte")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.add_argument("--sheet", metavar="PNG", help="write a contact sheet of sampled frames")
+    inspect.add_argument(
+        "--doctor", action="store_true", help="find faults: writes doctor.json, doctor.html, filter.json"
+    )
+    inspect.add_argument("--out", metavar="FOLDER", default="outputs/doctor", help="of --doctor (default: %(default)s)")
+    inspect.add_argument("--view", action="store_true", help="open episodes in Rerun: pip install 'dita[view]'")
+    inspect.add_argument("--view-out", metavar="RRD", help="with --view: write a file instead of opening the viewer")
+    inspect.add_argument("--episodes", type=int, nargs="+", metavar="N", help="of --view (default: the first 10)")
     train = verb("train", _train, "Train a policy on one or more stores.", """
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo --resume
@@ -200,9 +210,19 @@ def _collect(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _inspect(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.doctor:
+        from dita.datasets.doctor import doctor_command
+
+        return doctor_command(args.store, args.out, args.json)
+    if len(args.store) > 1:
+        raise ValueError(f"got {len(args.store)} stores; --doctor takes several, everything else one at a time")
+    if args.view or args.view_out:
+        from dita.datasets.view import view_command
+
+        return view_command(args.store[0], args.view_out, args.episodes)
     from dita.datasets.inspect import inspect_command
 
-    inspect_command(args.store, args.verify, args.json, args.sheet)
+    inspect_command(args.store[0], args.verify, args.json, args.sheet)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
