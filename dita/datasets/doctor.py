@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, UInt8
@@ -42,7 +42,7 @@ SMOOTH_HZ = 10.0  # below it a step between frames says nothing about smoothness
 TREMOR = 1.0  # third differences over first ones: 0.1 for smooth motion, 3.2 for white noise (sqrt 20 / sqrt 2)
 TREMOR_SIZE = 0.005  # of the range: smaller noise does not matter
 JUMP_SIZE = 0.1  # of the range in one step
-JUMP_RATIO = 8.0  # times the steps around it: braking and contacts reach 4 in Meta-World
+JUMP_RATIO = 4.0  # times the steps around it: 2 for any motion that lasts four frames
 STUCK = 0.01  # of the range: less than a resting sensor's noise, while it moves in most episodes
 LAG_SEARCH_S = 0.75  # [s] longer delays look like another motion
 LAG_CORRELATION = 0.5  # below it commands and motion have too little in common to say
@@ -66,7 +66,9 @@ GRIPPER_TRAVEL = 0.1  # of the limits' width: less is no opening or closing
 GRIPPER_MOVES = 3  # frames in which it moves
 GRIPPER_AGREE = 0.25  # share of those that go where the command says
 GRIPPER_STEP = 0.02  # of the limits' width: smaller differences say nothing
+GRIPPER_APART = 0.9  # of the limits' width, and of the frames: at one end while commanded to the other
 CLIP_MARGIN = 0.1  # of q99 - q01
+CLIP_RARE = 0.05  # of the episodes: more of them are no outliers
 CLIP_SHARE = 0.25  # of an episode's frames; 0.02 by construction
 CLIP_TAIL = 3.0  # times q99 - q01 from end to end: the normaliser q01_q99 then cuts real moves
 NEAR_CONSTANT = 0.01  # q99 - q01 over max - min: the normaliser q01_q99 blows such a dimension up
@@ -180,6 +182,8 @@ class Usual:
     state_moves: Float64[np.ndarray, "s"]  # the same without the floor
     action_moves: Float64[np.ndarray, "a"]
     action_size: Float64[np.ndarray, "a"]  # median over episodes of max |action|
+    state_extremes: Float64[np.ndarray, "2 s"]  # minimum and maximum of all but CLIP_RARE of the episodes
+    action_extremes: Float64[np.ndarray, "2 a"]
     lag: float | None  # [frames] median; None: fewer than three episodes tell
 
 
@@ -192,28 +196,29 @@ def learn_usual(spec: EmbodimentSpec, episodes: Iterable[Recording]) -> Usual:
     Raises:
         ValueError: there are no episodes.
     """
-    seen: dict[str, list[Any]] = {"state": [], "action": [], "size": [], "lag": []}
+    states: list[np.ndarray] = []  # of each episode [2 s]
+    actions: list[np.ndarray] = []
+    lags: list[int] = []
 
     def look() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for e in episodes:
-            seen["state"].append(np.ptp(e.state.astype(np.float64), axis=0))
-            seen["action"].append(np.ptp(e.action.astype(np.float64), axis=0))
-            seen["size"].append(np.abs(e.action.astype(np.float64)).max(0))
-            if (lag := lag_of(spec, e)) is not None:
-                seen["lag"].append(lag[0])
+            states.append(np.stack([e.state.min(0), e.state.max(0)]).astype(np.float64))
+            actions.append(np.stack([e.action.min(0), e.action.max(0)]).astype(np.float64))
+            lags.extend([] if (lag := lag_of(spec, e)) is None else [lag[0]])
             yield e.state, e.action
 
     stats = fit(spec, look())
-    state, action = np.median(seen["state"], axis=0), np.median(seen["action"], axis=0)
-    lag = float(np.median(seen["lag"])) if len(seen["lag"]) >= 3 else None
+    state, action = (np.median(np.ptp(extremes, axis=1), axis=0) for extremes in (states, actions))
     return Usual(
         stats=stats,
         state_range=np.maximum(state, MIN_RANGE * _width(spec.state)),
         action_range=np.maximum(action, MIN_RANGE * _width(spec.action)),
         state_moves=state,
         action_moves=action,
-        action_size=np.maximum(np.median(seen["size"], axis=0), 1e-9),
-        lag=lag,
+        action_size=np.maximum(np.median(np.abs(actions).max(1), axis=0), 1e-9),
+        state_extremes=_most(states),
+        action_extremes=_most(actions),
+        lag=float(np.median(lags)) if len(lags) >= 3 else None,
     )
 
 
@@ -237,7 +242,7 @@ def lag_of(spec: EmbodimentSpec, e: Recording) -> tuple[int, float, Callable[[fl
     u, v = np.concatenate(command, axis=1), np.concatenate(motion, axis=1)
     scale = np.where(v.std(0) > 0, u.std(0) / np.maximum(v.std(0), 1e-12), 0)  # each dim by the size of its command
     u, v = u - u.mean(0), (v - v.mean(0)) * scale
-    search = min(round(LAG_SEARCH_S * spec.control_hz), len(u) // 3)
+    search = min(round(LAG_SEARCH_S * spec.control_hz), len(u) // 2)
 
     def correlation(lag: float) -> float:
         k = round(lag)
@@ -281,8 +286,7 @@ def check_jerk(spec: EmbodimentSpec, e: Recording, usual: Usual) -> Iterator[Sym
         x, size = e.state[:, dim.index].astype(np.float64), usual.state_range[dim.index]
         step, third = np.diff(x), np.abs(np.diff(x, n=3))
         noise = np.median(third) / 0.6745 / np.sqrt(20)  # what white noise of that size would have
-        around = _neighbours(np.abs(step))
-        jumps = (np.abs(step) > JUMP_SIZE * size) & (np.abs(step) > JUMP_RATIO * around)
+        jumps = (np.abs(step) > JUMP_SIZE * size) & (np.abs(step) > JUMP_RATIO * _around(step))
         if noise > TREMOR_SIZE * size and np.sqrt(20) * noise > TREMOR * np.sqrt((step**2).mean()):
             bad = _frames(third > np.sqrt(20) * TREMOR_SIZE * size, len(x), 2)
             yield Symptom("JERK", dim.name, bad, f"tremor of {noise:.2g} {field.unit}")
@@ -348,13 +352,12 @@ def check_limits(spec: EmbodimentSpec, e: Recording, usual: Usual) -> Iterator[S
                 large = np.abs(x).max() >= UNITS_RATIO * np.maximum(np.abs(low), np.abs(high)).max()
                 if large and not _outside(x * factor, low, high, UNITS_MARGIN).any():
                     what = f"up to {np.abs(x).max():.4g} in a field of [{field.unit}]: {WRONG_UNITS[field.unit]}?"
-                    yield Symptom("UNITS", f"{group}.{field.name}", outside.any(1), what)
+                    yield Symptom("UNITS", f"{group}.{field.name}", np.asarray(outside.any(1)), what)
                     continue
-            for i in np.flatnonzero(outside.any(0)):
-                bad = outside[:, i]
-                worst = x[np.argmax(np.abs(x[:, i] - (low[i] + high[i]) / 2)), i]
+            for i in np.flatnonzero(outside.any(0)).tolist():
+                worst = x[np.abs(x[:, i] - (low[i] + high[i]) / 2).argmax(), i]
                 what = f"{worst:.4g}, limits {low[i]:g} .. {high[i]:g} {field.unit}"
-                yield Symptom("VALUE", _name(group, field, int(i)), bad, what)
+                yield Symptom("VALUE", _name(group, field, i), outside[:, i], what)
 
 
 def check_gripper(spec: EmbodimentSpec, e: Recording, usual: Usual) -> Iterator[Symptom]:
@@ -364,6 +367,9 @@ def check_gripper(spec: EmbodimentSpec, e: Recording, usual: Usual) -> Iterator[
         width, x = state.high[0] - state.low[0], e.state[:, s][:, 0].astype(np.float64)
         low, high = field.low[0], field.high[0]
         command = (e.action[:, a][:, 0].astype(np.float64) - low) / (high - low) * width + state.low[0]
+        apart = np.abs(command - x) >= GRIPPER_APART * width
+        if apart.mean() >= GRIPPER_APART:
+            yield Symptom("POLARITY", f"action.{field.name}", apart, "stands at the other end than its command says")
         if np.ptp(x) < GRIPPER_TRAVEL * width:
             continue
         if field.mode == "delta" or field.kind == "gripper_effort":
@@ -373,22 +379,30 @@ def check_gripper(spec: EmbodimentSpec, e: Recording, usual: Usual) -> Iterator[
         move = np.diff(x)
         decided = (np.abs(move) > GRIPPER_STEP * np.ptp(x)) & (np.abs(pull[:-1]) > GRIPPER_STEP * width)
         against = decided & (np.sign(move) != np.sign(pull[:-1]))
-        if decided.sum() >= GRIPPER_MOVES and 1 - against.sum() / decided.sum() <= GRIPPER_AGREE:
+        # a command that is only late moves against for a moment, but mostly stands where the gripper stands
+        opposite = np.sum((command - command.mean()) * (x - x.mean())) <= 0
+        if opposite and decided.sum() >= GRIPPER_MOVES and 1 - against.sum() / decided.sum() <= GRIPPER_AGREE:
             what = f"moves against its command in {against.sum()} of {decided.sum()} moving frames"
             yield Symptom("POLARITY", f"action.{field.name}", _frames(against, len(x), 1), what)
 
 
 def check_clip(spec: EmbodimentSpec, e: Recording, usual: Usual) -> Iterator[Symptom]:
-    """Find episodes that lie far outside q01..q99 of their store for much of their length."""
+    """Find episodes that lie far outside where the others are for much of their length.
+
+    Outside q01..q99 of all values where these episodes are rare; up to one in twenty of them would widen that, hence
+    the extremes of nineteen in twenty episodes as well.
+    """
     for group, fields, values in (("state", spec.state, e.state), ("action", spec.action, e.action)):
+        extremes = usual.state_extremes if group == "state" else usual.action_extremes
         for field, dim in dims(fields, group):
             if field.kind.startswith("gripper"):
                 continue
             q01, q99 = _quantiles(usual.stats, group, field, dim.offset)
-            margin = CLIP_MARGIN * max(q99 - q01, MIN_RANGE * (field.high[dim.offset] - field.low[dim.offset]))
-            bad = (values[:, dim.index] < q01 - margin) | (values[:, dim.index] > q99 + margin)
+            low, high = max(q01, extremes[0, dim.index]), min(q99, extremes[1, dim.index])
+            margin = CLIP_MARGIN * max(high - low, MIN_RANGE * (field.high[dim.offset] - field.low[dim.offset]))
+            bad = (values[:, dim.index] < low - margin) | (values[:, dim.index] > high + margin)
             if bad.mean() >= CLIP_SHARE:
-                yield Symptom("CLIP", dim.name, bad, f"far outside the store's {q01:.3g} .. {q99:.3g} {field.unit}")
+                yield Symptom("CLIP", dim.name, bad, f"far outside the store's {low:.3g} .. {high:.3g} {field.unit}")
 
 
 CHECKS = (
@@ -723,6 +737,11 @@ def _width(fields: tuple[FieldSpec, ...]) -> Float64[np.ndarray, "d"]:
     return np.concatenate([np.array(f.high) - np.array(f.low) for f in fields]) if fields else np.zeros(0)
 
 
+def _most(extremes: Sequence[np.ndarray]) -> Float64[np.ndarray, "2 d"]:
+    low, high = np.swapaxes(np.stack(extremes), 0, 1)  # [n d] each
+    return np.stack([np.quantile(low, CLIP_RARE, axis=0), np.quantile(high, 1 - CLIP_RARE, axis=0)])
+
+
 def _quantiles(stats: NormStats, group: str, field: FieldSpec, i: int) -> tuple[float, float]:
     found = stats.fields[f"{group}/{field.name}"]
     return found.q01[i], found.q99[i]
@@ -734,17 +753,21 @@ def _within(x: np.ndarray, window: int, measure: Callable[..., np.ndarray]) -> n
 
 
 def _moved(spec: EmbodimentSpec, state: np.ndarray, usual: Usual) -> Callable[[int, int], float]:
-    """Return how far the arm moved between two frames, as a share of the range; grippers may be out of sight."""
+    """Return how far the arm moves within frames i..j, as a share of the range; grippers may be out of sight."""
     arm = [dim.index for f, dim in dims(spec.state, "state") if not f.kind.startswith("gripper")]
     scaled = state[:, arm] / usual.state_range[arm]
-    return lambda i, j: float(np.abs(scaled[j] - scaled[i]).max(initial=0))
+    return lambda i, j: float(np.ptp(scaled[i : j + 1], axis=0).max(initial=0))
 
 
-def _neighbours(step: np.ndarray) -> np.ndarray:
-    """Return the largest of the steps 2..5 before and after each; a glitch goes out and back in adjacent ones."""
+def _around(step: np.ndarray) -> np.ndarray:
+    """Return the size of the largest of the five steps before and after each.
+
+    The two next to it count only where they go the same way: a glitch goes out and straight back.
+    """
     padded = np.pad(step, 5)
-    offsets = [o for o in range(-5, 6) if abs(o) >= 2]
-    return np.max([padded[5 + o : 5 + o + len(step)] for o in offsets], axis=0)
+    others = np.stack([padded[5 + o : 5 + o + len(step)] for o in range(-5, 6) if o])
+    others[4:6] *= np.sign(others[4:6]) == np.sign(step)
+    return np.abs(others).max(0)
 
 
 def _frames(bad: np.ndarray, m: int, shift: int) -> np.ndarray:

@@ -155,9 +155,8 @@ def _pictures(store: Store, number: int, findings: Sequence[Finding]) -> str:
     for camera in store.spec.cameras:
         mine = [f.first_frame for f in findings if f.where == f"camera {camera.name}" and f.first_frame is not None]
         if mine:
-            shown = sorted(
-                {min(max(frame + o, 0), length - 1) for frame in mine[:1] for o in range(-2, STRIP_FRAMES - 2)}
-            )
+            first = max(0, min(mine[0] - 2, length - STRIP_FRAMES))
+            shown = list(range(first, min(first + STRIP_FRAMES, length)))
         elif not parts:
             shown = sorted({round(x) for x in np.linspace(0, length - 1, STRIP_FRAMES)})
         else:

@@ -71,6 +71,8 @@ def inspect(store: Store) -> dict[str, Any]:
         "state": _describe(spec.state, state),
         "action": _describe(spec.action, action),
         "sources": [e.source for e in store.episodes],
+        "instruction_by_episode": [e.instruction for e in store.episodes],
+        "success_by_episode": [e.success for e in store.episodes],
         "action_sum": [a.sum(0, dtype=np.float64).tolist() for a in action],
         "action_first": [a[0].tolist() for a in action],
         "action_last": [a[-1].tolist() for a in action],
