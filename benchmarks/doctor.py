@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ CLEAN, FAULTY = 24, 20
 SEED = 1000  # of the first episode and of the faults: the thresholds were set while looking at seeds from 0 on
 SENSOR = 2e-4  # [rad, m] noise of the synthetic encoders
 Rng = np.random.Generator
+Range = tuple[float, float]
 Inject = Callable[[EmbodimentSpec, Episode, Rng], Episode]
 
 
@@ -106,9 +108,9 @@ def read_episodes(store: Store) -> list[Episode]:
 # ---- faults
 
 
-def pause(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
-    """Stop for 1.5 to 2.5 s on the way; pictures and sensors keep their noise."""
-    k, n = int(len(e.stamp) * rng.uniform(0.2, 0.8)), round(rng.uniform(1.5, 2.5) * spec.control_hz)
+def pause(spec: EmbodimentSpec, e: Episode, rng: Rng, seconds: Range = (1.5, 2.5)) -> Episode:
+    """Stop for a while on the way; pictures and sensors keep their noise."""
+    k, n = int(len(e.stamp) * rng.uniform(0.2, 0.8)), round(rng.uniform(*seconds) * spec.control_hz)
     rows = np.concatenate([np.arange(k), np.full(n, k), np.arange(k, len(e.stamp))])
     state, action = e.state[rows].copy(), e.action[rows].copy()
     for field, here, _ in slices(spec.state):
@@ -122,19 +124,19 @@ def pause(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
     return dataclasses.replace(e, images=images, state=state, action=action, stamp=stamp)
 
 
-def tremor(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
-    """Shake every measured position by 3 % of its range."""
+def tremor(spec: EmbodimentSpec, e: Episode, rng: Rng, size: float = 0.03) -> Episode:
+    """Shake every measured position by a share of its range."""
     state = e.state.copy()
     arm = _arm_dims(spec)
-    state[:, arm] += 0.03 * np.ptp(e.state[:, arm], axis=0) * rng.standard_normal((len(state), len(arm)))
+    state[:, arm] += size * np.ptp(e.state[:, arm], axis=0) * rng.standard_normal((len(state), len(arm)))
     return dataclasses.replace(e, state=state.astype(np.float32))
 
 
-def jump(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
-    """Shift the widest position by half of its range from one frame on."""
+def jump(spec: EmbodimentSpec, e: Episode, rng: Rng, size: float = 0.5) -> Episode:
+    """Shift the widest position by a share of its range from one frame on."""
     state, k = e.state.copy(), int(len(e.stamp) * rng.uniform(0.3, 0.7))
     i = _widest(spec, e)
-    state[k:, i] += 0.5 * np.ptp(e.state[:, i])
+    state[k:, i] += size * np.ptp(e.state[:, i])
     return dataclasses.replace(e, state=state)
 
 
@@ -145,9 +147,9 @@ def stuck(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
     return dataclasses.replace(e, state=state)
 
 
-def late(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
-    """Record each action 0.2 to 0.4 s too early or too late."""
-    k = round(rng.uniform(0.2, 0.4) * spec.control_hz) * int(rng.choice([-1, 1]))
+def late(spec: EmbodimentSpec, e: Episode, rng: Rng, seconds: Range = (0.2, 0.4)) -> Episode:
+    """Record each action too early or too late."""
+    k = round(rng.uniform(*seconds) * spec.control_hz) * int(rng.choice([-1, 1]))
     rows = np.clip(np.arange(len(e.stamp)) + k, 0, len(e.stamp) - 1)
     return dataclasses.replace(e, action=e.action[rows])
 
@@ -159,10 +161,10 @@ def blank(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
     return _film(e, lambda frames: _put(frames, rows, int(rng.choice([0, 255]))))
 
 
-def freeze(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
-    """Let the camera repeat one frame for 0.5 to 0.8 s, up to half of the episode, while the arm is on its way."""
+def freeze(spec: EmbodimentSpec, e: Episode, rng: Rng, seconds: Range = (0.5, 0.8)) -> Episode:
+    """Let the camera repeat one frame, for at most half of the episode, while the arm is on its way."""
     m = len(e.stamp)
-    n = min(round(rng.uniform(0.5, 0.8) * spec.control_hz), m // 2)
+    n = min(round(rng.uniform(*seconds) * spec.control_hz), m // 2)
     i = _widest(spec, e)
     k = max(rng.integers(m // 8, m - n - m // 8, 5).tolist(), key=lambda k: float(np.ptp(e.state[k : k + n, i])))
     rows = np.concatenate([np.arange(k), np.full(n, k), np.arange(k + n, m)])
@@ -175,9 +177,9 @@ def covered(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
     return _film(e, lambda f: np.zeros_like(f) if dark else np.repeat(f[:1], len(f), axis=0))
 
 
-def jitter(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
-    """Move every stamp by up to 35 % of a frame time."""
-    return dataclasses.replace(e, stamp=e.stamp + rng.uniform(-0.35, 0.35, len(e.stamp)) / spec.control_hz)
+def jitter(spec: EmbodimentSpec, e: Episode, rng: Rng, size: float = 0.35) -> Episode:
+    """Move every stamp by up to a share of a frame time."""
+    return dataclasses.replace(e, stamp=e.stamp + rng.uniform(-size, size, len(e.stamp)) / spec.control_hz)
 
 
 def gap(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
@@ -187,14 +189,14 @@ def gap(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
     return dataclasses.replace(e, stamp=stamp)
 
 
-def outside(spec: EmbodimentSpec, e: Episode, rng: Rng) -> Episode:
-    """Swing the widest position 10 % of the limits' width beyond them and back, over 30 to 60 % of the episode."""
+def outside(spec: EmbodimentSpec, e: Episode, rng: Rng, size: float = 0.1) -> Episode:
+    """Swing the widest position beyond its limits, by a share of their width, and back, over 30 to 60 % of the time."""
     state, i, m = e.state.copy(), _widest(spec, e), len(e.stamp)
     field, offset = next((f, i - here.start) for f, here, _ in slices(spec.state) if here.start <= i < here.stop)
     n = round(m * rng.uniform(0.3, 0.6))
     k = int(rng.integers(0, m - n))
     weight = np.sin(np.linspace(0, np.pi, n)) ** 2
-    beyond = field.high[offset] + 0.1 * (field.high[offset] - field.low[offset])
+    beyond = field.high[offset] + size * (field.high[offset] - field.low[offset])
     state[k : k + n, i] += weight * (beyond - state[k : k + n, i])
     return dataclasses.replace(e, state=state)
 
@@ -237,6 +239,16 @@ INJECTIONS: dict[str, tuple[str, Inject]] = {  # name -> (fault it must be found
 }  # fmt: skip
 RARE: dict[str, tuple[str, Inject]] = {"elsewhere": ("CLIP", elsewhere)}  # one such episode per store, or it is usual
 
+WEAKER: dict[str, tuple[tuple[str, Inject], ...]] = {  # name -> (how strong, how)
+    "pause": tuple((f"{x} s", partial(pause, seconds=(x, x))) for x in (0.5, 1.0, 1.5)),
+    "tremor": tuple((f"{x:.1%} of the range", partial(tremor, size=x)) for x in (0.003, 0.01, 0.03)),
+    "jump": tuple((f"{x:.0%} of the range", partial(jump, size=x)) for x in (0.05, 0.15, 0.3)),
+    "late": tuple((f"{x} s", partial(late, seconds=(x, x))) for x in (0.05, 0.1, 0.15, 0.2)),
+    "freeze": tuple((f"{x} s", partial(freeze, seconds=(x, x))) for x in (0.1, 0.2, 0.3)),
+    "jitter": tuple((f"{x:.0%} of a frame time", partial(jitter, size=x)) for x in (0.05, 0.1, 0.2)),
+    "outside": tuple((f"{x:.1%} of the limits' width", partial(outside, size=x)) for x in (0.005, 0.02, 0.05)),
+}
+
 
 # ---- counting
 
@@ -272,6 +284,18 @@ def count(spec: EmbodimentSpec, clean: Sequence[Episode], bases: Sequence[Episod
             bad += found[-1:]
         results[name] = _result(fault, good, bad)
     results["copied"] = _copied(spec, clean, bases)
+    return results
+
+
+def weaken(spec: EmbodimentSpec, clean: Sequence[Episode], bases: Sequence[Episode], seed: int) -> dict[str, dict]:
+    """Return per injection and strength what `count` returns."""
+    results: dict[str, dict] = {}
+    for number, (name, strengths) in enumerate(WEAKER.items()):
+        fault = INJECTIONS[name][0]
+        for strength, inject in strengths:
+            faulty = [inject(spec, e, np.random.default_rng([seed, number, i])) for i, e in enumerate(bases)]
+            found = flags(spec, [*clean, *faulty])
+            results[f"{name}, {strength}"] = _result(fault, found[: len(clean)], found[len(clean) :])
     return results
 
 
@@ -318,7 +342,9 @@ def page(results: dict[str, dict[str, dict]]) -> str:
         "",
         "Faults injected into clean episodes, one kind per store; `make evidence-doctor`. Found: injected episodes",
         "with a finding of that code; accused: clean episodes of the same stores with one. Intervals are 95 % Wilson.",
-        f"Thresholds were set on other seeds than these (from {SEED} on).",
+        f"Thresholds were set on other seeds than these (from {SEED} on); each stands with its reason in",
+        "`dita/datasets/doctor.py`. Not found, by design: a gripper whose command and measurement are both inverted,",
+        "and a picture that stands still while the arm moves by less than 5 % of its range.",
     ]
     for source, rows in results.items():
         lines += ["", f"## {source}", ""]
@@ -367,7 +393,9 @@ def main() -> None:
     results = json.loads(kept.read_text()) if kept.exists() else {}
     for name, (spec, episodes) in sources(args.only).items():
         results[name] = count(spec, episodes[:CLEAN], episodes[CLEAN:], SEED)
-        kept.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        if name.startswith("synthetic"):
+            results[f"{name}, weaker faults"] = weaken(spec, episodes[:CLEAN], episodes[CLEAN:], SEED)
+        kept.write_text(json.dumps(results, indent=1) + "\n")
         (PAGE / "doctor.md").write_text(page(results))
     print(page(results))
 

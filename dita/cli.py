@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--doctor", action="store_true", help="find faults: writes doctor.json, doctor.html, filter.json"
     )
-    inspect.add_argument("--out", metavar="FOLDER", default="outputs/doctor", help="of --doctor (default: %(default)s)")
+    inspect.add_argument("--out", metavar="FOLDER", help="of --doctor (default: outputs/doctor)")
     inspect.add_argument("--view", action="store_true", help="open episodes in Rerun: pip install 'dita[view]'")
     inspect.add_argument("--view-out", metavar="RRD", help="with --view: write a file instead of opening the viewer")
     inspect.add_argument("--episodes", type=int, nargs="+", metavar="N", help="of --view (default: the first 10)")
@@ -210,13 +210,18 @@ def _collect(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _inspect(args: argparse.Namespace, overrides: list[str]) -> None:
+    view = args.view or args.view_out is not None
+    given = [f"--{name}" for name in ("verify", "sheet", "out", "episodes", "json") if getattr(args, name)]
+    allowed = {"--out", "--json"} if args.doctor else {"--episodes"} if view else {"--verify", "--sheet", "--json"}
+    if (args.doctor and view) or not allowed.issuperset(given):
+        raise ValueError("--doctor takes --out and --json, --view takes --view-out and --episodes; run each by itself")
     if args.doctor:
         from dita.datasets.doctor import doctor_command
 
-        return doctor_command(args.store, args.out, args.json)
+        return doctor_command(args.store, args.out or "outputs/doctor", args.json)
     if len(args.store) > 1:
         raise ValueError(f"got {len(args.store)} stores; --doctor takes several, everything else one at a time")
-    if args.view or args.view_out:
+    if view:
         from dita.datasets.view import view_command
 
         return view_command(args.store[0], args.view_out, args.episodes)
