@@ -344,8 +344,8 @@ def page(results: dict[str, dict[str, dict]]) -> str:
         "with a finding of that code; accused: clean episodes of the same stores with one. Intervals are 95 % Wilson.",
         f"Thresholds were set on other seeds than these (from {SEED} on); each stands with its reason in",
         "`dita/datasets/doctor.py`. Not found, by design: a gripper whose command and measurement are both inverted,",
-        "and a picture that stands still while the arm moves by less than 5 % of its range. CLIP is for rare episodes: one",
-        "at a time among the same clean ones, so these count once per injected episode.",
+        "and a picture that stands still while the arm moves by less than 5 % of its range. CLIP is for rare episodes:",
+        "one at a time among the same clean ones, so these count once per injected episode.",
     ]
     for source, rows in results.items():
         lines += ["", f"## {source}", ""]
