@@ -1,0 +1,485 @@
+"""The contract of a dataset source, and what every source shares: names, sizes, units, lengths, rotations.
+
+A source is one file `dita/datasets/convert/<name>.py` with
+
+    OPTIONS: dict[str, str]     what `-o key=value` it knows: key -> one line of help (may be empty)
+    open_source(path, embodiment, options) -> Source
+
+and one pure function raw -> canonical `Episode` in which the format's quirks die. Input episodes end in exactly one of
+written and rejected with a code; the driver (`run.py`) counts. Codes, each with file, episode, key, expected, found:
+
+    E_PATH       a name, link or size that is a trick: nothing is followed out of the input, nothing inflates a bomb
+    E_TRUNCATED  a file or stream ends early            E_CHECKSUM   its own checksum does not match
+    E_SCHEMA     a key, type or shape is missing or odd E_LENGTH     arrays of one episode have unequal lengths
+    E_EMPTY      fewer than two frames                  E_VALUE      not finite, or outside the limits
+    E_UNITS      degrees for radians, mm for metres     E_POLARITY   gripper outside its range, or upside down
+    E_JOINTS     joint names missing, twice, unknown    E_CAMERA     blank frames in more than 5 % of an episode
+    E_STAMP      not increasing, or not at the rate     E_INSTRUCTION  no instruction, and none was given
+    E_CHUNK_MISSING  data that was never written        E_DUP        in two splits; W_DUP: twice, written once
+    E_LINK       a link inside an archive (HDF5, Zarr)  E_PICKLE     content that would have to be run to be read
+    E_READ       the format's library refused the file  E_CRASH      ... or died of it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float
+from scipy.spatial.transform import Rotation
+
+from dita.datasets.shards import StoreError
+from dita.datasets.store import check_episode
+from dita.embodiment import slices
+from dita.types import CameraSpec, EmbodimentSpec, Episode, FieldSpec
+
+MAX_NAME = 200  # characters of a file or key name
+MAX_FRAME_PIXELS = 16 * 2**20  # of one decoded frame
+MAX_EPISODE_BYTES = 16 * 2**30  # of one episode's decoded arrays
+MAX_RATIO = 2000  # decoded / stored bytes of one compressed array; blank frames reach a few hundred
+MAX_FRAMES = 10**7  # per episode
+BLANK_SHARE = 0.05  # of an episode's frames
+MIN_FRAMES = 2
+PATH_TODO = "remove it from the input; nothing outside the input folder is read"
+
+
+class Rejected(ValueError):
+    """One input episode, or file, that is refused; its text is one line with all that is known."""
+
+    def __init__(self, code: str, file: str | Path, episode: str, key: str, expected: str, found: str, todo: str):
+        self.code, self.file, self.episode, self.key = code, str(file), episode, key
+        self.expected, self.found, self.todo = expected, found, todo
+        what = ": ".join(part for part in (episode and f"episode {episode}", key) if part)
+        where = ": ".join(part for part in (self.file, what) if part)
+        super().__init__(" ".join(f"{code}: {where}: expected {expected}, found {found}; {todo}".split()))
+
+    def __reduce__(self) -> tuple:
+        """Pickle by its fields: it crosses processes."""
+        return Rejected, tuple(self.fields().values())
+
+    def fields(self) -> dict[str, str]:
+        """Return code, file, episode, key, expected, found and todo."""
+        names = ("code", "file", "episode", "key", "expected", "found", "todo")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Item:
+    """Picklable handle of one input episode, or of a file whose episodes cannot be listed (reading it is refused).
+
+    Two runs over the same input give the same items; `--resume` goes by `id`.
+    """
+
+    id: str  # unique and stable, becomes Episode.source; sorts as the input does: numbers through `padded`
+    file: str  # relative to the input
+    key: str | int  # what `read` needs: an index, a group's name
+    split: str = ""  # "train", "val", ...; one episode in two splits is refused
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line gives where a format has nothing."""
+
+    instruction: str | None
+    control_hz: float | None
+    extra: Mapping[str, str]  # `-o key=value`, checked against the source's OPTIONS
+
+    def require_instruction(self, file: str | Path, found: str | None = None) -> str:
+        """Return the file's own instruction, else `--instruction`; refuse when there is neither."""
+        text = " ".join((found or self.instruction or "").split())
+        if not text:
+            raise Rejected(
+                "E_INSTRUCTION", file, "", "instruction", "a text", "none", "say what is done: --instruction TEXT"
+            )
+        return text
+
+
+class Source(Protocol):
+    """An opened input: a file or a folder of one format.
+
+    `open_source(path, embodiment, options)` finds `spec`: the given embodiment with the cameras' sizes from the data
+    (`fit_spec`), or one inferred from what the format tells. Where it cannot be inferred, `refuse_to_guess`. It is
+    cheap and deterministic: every worker process opens the input for itself.
+    """
+
+    spec: EmbodimentSpec
+    warnings: list[str]  # the driver prints and empties it
+
+    def items(self) -> list[Item]:
+        """List every input episode, in numeric order, without reading them.
+
+        A damaged file is one item: reading it says why. Raises only when there is nothing to list.
+        """
+        ...
+
+    def read(self, item: Item) -> Episode:
+        """Read one episode, whole and canonical; the driver runs `check` on it.
+
+        Raises:
+            Rejected: why it cannot be used. Other exceptions count as E_READ.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the files."""
+        ...
+
+
+# --- names and sizes
+
+
+def natural(name: str) -> list[Any]:
+    """Sort key: demo_2 before demo_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def padded(name: str) -> str:
+    """Pad the numbers of a name to six digits, so that plain sorting is numeric: demo_10 -> demo_000010."""
+    return re.sub(r"[0-9]+", lambda m: m[0].zfill(6), name)
+
+
+def check_name(name: str, file: str | Path, what: str = "name") -> str:
+    """Return a name or relative path that comes out of a file, if it stays where it is used.
+
+    Raises:
+        Rejected: E_PATH: empty, absolute, with `..`, a drive, a backslash or control characters, or too long.
+    """
+    parts = name.split("/")
+    bad = (
+        not name
+        or name.startswith("/")
+        or ".." in parts
+        or "\\" in name
+        or re.match(r"[A-Za-z]:", name) is not None
+        or any(ord(c) < 32 for c in name)
+        or max(map(len, parts)) > MAX_NAME
+    )
+    if bad:
+        shown = ascii(name if len(name) <= 60 else f"{name[:57]}...")
+        expected = f"a relative name of at most {MAX_NAME} characters"
+        raise Rejected("E_PATH", file, "", what, expected, shown, PATH_TODO)
+    return name
+
+
+def safe_path(root: Path, name: str, file: str | Path = "") -> Path:
+    """Return root/name for a name that comes out of a file; it need not exist.
+
+    Raises:
+        Rejected: E_PATH: the name is a trick (`check_name`) or a link leads out of `root`.
+    """
+    path = root / check_name(name, file or root, "path")
+    return check_inside(root, path)
+
+
+def check_inside(root: Path, path: Path) -> Path:
+    """Return `path`, which must lie in the folder `root` (or be it) also when links are followed.
+
+    Raises:
+        Rejected: E_PATH.
+    """
+    real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    if not real.is_relative_to(base):
+        found = f"a link to {real}"
+        raise Rejected("E_PATH", path, "", "", f"a file inside {base}", found, PATH_TODO)
+    return path
+
+
+def list_files(root: Path, *suffixes: str) -> list[Path]:
+    """List the input's files with one of the suffixes, in numeric order: `root` itself, or all below the folder.
+
+    Links inside the folder are followed to files but not to folders; a link that leaves it is listed, so that
+    `check_inside` can refuse it as an item of its own.
+
+    Raises:
+        FileNotFoundError: nothing is at `root`.
+        Rejected: E_EMPTY: no such file.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"{root} does not exist")
+    if root.is_file():
+        return [root]
+    found = [Path(d) / f for d, _, files in os.walk(root) for f in files if f.lower().endswith(suffixes)]
+    if not found:
+        wanted = " or ".join(suffixes)
+        raise Rejected(
+            "E_EMPTY", root, "", "", f"at least one {wanted} file", "none", "give the folder that holds them"
+        )
+    return sorted(found, key=lambda p: natural(p.relative_to(root).as_posix()))
+
+
+def check_size(shape: Sequence[int], itemsize: int, file: str | Path, key: str, stored: int | None = None) -> None:
+    """Refuse an array that would inflate without bound, before anything is allocated.
+
+    Args:
+        shape: frames first; images are [m, h, w, c].
+        itemsize: bytes per element.
+        file: for the error.
+        key: for the error.
+        stored: bytes on disk, where known.
+
+    Raises:
+        Rejected: E_PATH.
+    """
+    total = int(np.prod([int(n) for n in shape], dtype=object)) * itemsize if len(shape) else itemsize
+    limits = [
+        (total, MAX_EPISODE_BYTES, "decoded bytes per episode"),
+        (int(shape[0]) if len(shape) else 1, MAX_FRAMES, "frames per episode"),
+        (int(shape[1]) * int(shape[2]) if len(shape) == 4 else 0, MAX_FRAME_PIXELS, "pixels per frame"),
+        (total // max(stored or total, 4096), MAX_RATIO, "decoded bytes per stored byte"),
+    ]
+    for found, limit, what in limits:
+        if found > limit:
+            raise Rejected(
+                "E_PATH", file, "", key, f"at most {limit} {what}", str(found), "split it, or check where it comes from"
+            )
+
+
+def check_pixels(width: int, height: int, file: str | Path, key: str) -> None:
+    """Refuse a compressed picture by the size in its header, before it is decoded; E_PATH."""
+    if not 0 < width * height <= MAX_FRAME_PIXELS:
+        expected = f"1 to {MAX_FRAME_PIXELS} pixels per frame"
+        raise Rejected("E_PATH", file, "", key, expected, f"{width} x {height}", "check where it comes from")
+
+
+# --- embodiments
+
+
+def refuse_to_guess(source: str, path: Path, missing: Mapping[str, str]) -> Rejected:
+    """Return the refusal of a source that cannot infer its embodiment; `missing`: field -> what the data say."""
+    what = "; ".join(f"{name} ({found})" for name, found in missing.items())
+    return Rejected(
+        "E_SCHEMA",
+        path,
+        "",
+        "embodiment",
+        f"what {source} does not tell: {what}",
+        "none",
+        "give it with --embodiment FILE (copy one of configs/embodiment/*.yaml)",
+    )
+
+
+def fit_spec(
+    spec: EmbodimentSpec, sizes: Mapping[str, tuple[int, int]], control_hz: float, *, given: bool, file: str | Path
+) -> tuple[EmbodimentSpec, list[str]]:
+    """Fit an embodiment to the data: the cameras' sizes, and for an inferred one also the cameras and the rate.
+
+    Args:
+        spec: of a file.
+        sizes: (height, width) of every camera of the data, by camera name.
+        control_hz: of the data.
+        given: by the user: then its cameras are the ones to read, and its rate must be the data's.
+        file: for errors.
+
+    Returns:
+        The fitted embodiment and one line per thing that is left out or differs.
+
+    Raises:
+        Rejected: E_SCHEMA: a given camera is not in the data; E_STAMP: another rate was given; E_PATH: names that
+            differ in case only.
+    """
+    notes: list[str] = []
+    known = {c.name: c for c in spec.cameras}
+    if given:
+        if absent := [n for n in known if n not in sizes]:
+            have = ", ".join(sizes) or "none"
+            todo = "correct the embodiment's cameras"
+            raise Rejected("E_SCHEMA", file, "", "cameras", ", ".join(absent), f"only {have}", todo)
+        if abs(spec.control_hz / control_hz - 1) > 0.01:
+            expected = f"{spec.control_hz:g} Hz as in embodiment {spec.name}"
+            todo = "correct control_hz, obs_dt and action_dt of the embodiment"
+            raise Rejected("E_STAMP", file, "", "control_hz", expected, f"{control_hz:g} Hz in the data", todo)
+        if left := [n for n in sizes if n not in known]:
+            notes.append(f"cameras left out, since embodiment {spec.name} has no such: {', '.join(left)}")
+        names = list(known)
+    else:
+        names = sorted(sizes, key=lambda n: (n not in known, known[n].slot if n in known else 0, natural(n)))
+    if len({n.lower() for n in names}) < len(names):
+        raise Rejected("E_PATH", file, "", "cameras", "names that differ", ", ".join(names), "rename one")
+    cameras = []
+    for i, name in enumerate(names):
+        height, width = sizes[name]
+        if given and (known[name].height, known[name].width) != (height, width):
+            notes.append(
+                f"camera {name}: {width} x {height} in the data, {known[name].width} x {known[name].height} in the "
+                f"embodiment: the data's size is kept"
+            )
+        cameras.append(CameraSpec(name, height, width, known[name].slot if given else i))
+    dt = 1 / control_hz
+    rates = {} if given else {"action_dt": dt, "obs_dt": max(1, round(spec.obs_dt / dt)) * dt}
+    rate = spec.control_hz if given else control_hz
+    return dataclasses.replace(spec, cameras=tuple(cameras), control_hz=rate, **rates), notes
+
+
+def to_si(values: Float[np.ndarray, "m d"], fields: tuple[FieldSpec, ...]) -> Float[np.ndarray, "m d"]:
+    """Scale the source's own values, concatenated as the fields are, to SI float32.
+
+    SI = scale * value. A gripper position or a binary gripper with a negative scale counts from the other end: 1 is
+    open here, and a source where 1 is closed has scale -1 and gives 1 - value.
+    """
+    out = np.empty(values.shape, np.float32)
+    for field, here, _ in slices(fields):
+        turned = field.kind in ("gripper_position", "gripper_binary") and field.scale < 0
+        with np.errstate(over="ignore", invalid="ignore"):  # `check` finds what is not finite
+            out[:, here] = values[:, here].astype(np.float64) * field.scale + turned
+    return out
+
+
+def reorder(expected: Sequence[str], found: Sequence[str], file: str | Path, key: str) -> list[int]:
+    """Return for each expected joint its index in `found`: by name, never by position.
+
+    Raises:
+        Rejected: E_JOINTS: a name is missing or comes twice.
+    """
+    missing = [n for n in expected if n not in found]
+    twice = sorted({n for n in found if list(found).count(n) > 1})
+    if missing or twice:
+        what = f"{', '.join(found) or 'no names'} (missing {missing}, twice {twice})"
+        raise Rejected("E_JOINTS", file, "", key, ", ".join(expected), what, "name the joints as the embodiment does")
+    return [list(found).index(n) for n in expected]
+
+
+# --- rotations
+
+
+def rotation_6d(rotation: Rotation) -> Float[np.ndarray, "m 6"]:
+    """Return the first two columns of the matrices, one after the other (Zhou et al. 2019)."""
+    return np.moveaxis(rotation.as_matrix()[..., :2], -1, -2).reshape(-1, 6)
+
+
+def quaternion_6d(values: Float[np.ndarray, "m 4"], order: str, file: str | Path, key: str) -> Float[np.ndarray, "m 6"]:
+    """Turn quaternions of either sign, `order` "wxyz" or "xyzw", into 6-D rotations.
+
+    Raises:
+        Rejected: E_VALUE: a norm is further than 1 % from one (or not finite), with the first frame and share.
+    """
+    norms = np.linalg.norm(values, axis=1)
+    if np.any(bad := ~(np.abs(norms - 1) < 0.01)):
+        frame = int(np.argmax(bad))
+        found = f"norm {norms[frame]:.4g} at frame {frame} ({bad.mean():.1%} of frames)"
+        raise Rejected("E_VALUE", file, "", key, "unit quaternions", found, "correct or remove the episode")
+    return rotation_6d(Rotation.from_quat(values, scalar_first=order == "wxyz"))
+
+
+# --- what every episode must pass
+
+
+def check_lengths(lengths: Mapping[str, int], item: Item) -> None:
+    """Refuse arrays of unequal lengths, E_LENGTH, with all lengths."""
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{k} {n}" for k, n in lengths.items())
+        raise reject("E_LENGTH", item, "", "equal lengths", found, "correct or remove the episode")
+
+
+def reject(code: str, item: Item, key: str, expected: str, found: str, todo: str) -> Rejected:
+    """Return the refusal of one episode."""
+    return Rejected(code, item.file, item.id, key, expected, found, todo)
+
+
+def check(episode: Episode, spec: EmbodimentSpec, item: Item) -> list[str]:
+    """Check a canonical episode against its embodiment; return warnings.
+
+    Raises:
+        Rejected: E_EMPTY, E_LENGTH, E_SCHEMA, E_VALUE, E_STAMP, E_INSTRUCTION, E_UNITS, E_POLARITY, E_CAMERA.
+    """
+    if not episode.instruction.strip():
+        todo = "say what is done: --instruction TEXT"
+        raise reject("E_INSTRUCTION", item, "instruction", "a text", "none", todo)
+    if len(episode.stamp) < MIN_FRAMES:
+        found = f"{len(episode.stamp)}"
+        raise reject("E_EMPTY", item, "", f"at least {MIN_FRAMES} frames", found, "remove the episode")
+    assert episode.source == item.id, (episode.source, item.id)
+    try:
+        check_episode(episode, spec)
+    except StoreError as e:
+        raise _from_store(e, item) from None
+    warnings = []
+    for group, fields, values in (("state", spec.state, episode.state), ("action", spec.action, episode.action)):
+        for field, here, _ in slices(fields):
+            warnings += _check_range(values[:, here], field, f"{group}.{field.name}", item)
+    _check_polarity(episode, spec, item)
+    for camera, frames in episode.images.items():
+        warnings += _check_camera(frames, camera, item)
+    return [f"{item.id}: {text}" for text in warnings]
+
+
+def _from_store(error: StoreError, item: Item) -> Rejected:
+    text = str(error).removeprefix(f"{error.code}: ").removeprefix(f"episode {item.id!r}: ")
+    return reject(error.code, item, "", "what a store takes", text, "correct or remove the episode")
+
+
+def _check_range(values: Float[np.ndarray, "m d"], field: FieldSpec, key: str, item: Item) -> list[str]:
+    """Compare with the field's limits; a little outside is a warning, far outside another unit or damage."""
+    low, high = np.array(field.low), np.array(field.high)
+    outside = (values < low - 1e-6) | (values > high + 1e-6)
+    if not outside.any():
+        return []
+    frame, dim = np.argwhere(outside)[0].tolist()
+    share = outside.any(axis=1).mean()
+    expected = f"{low[dim]:g} .. {high[dim]:g} {field.unit}"
+    found = f"{values[frame, dim]:.5g} at frame {frame} ({share:.1%} of frames)"
+    excess = np.maximum(low - values, values - high) / (high - low)  # in ranges
+    if field.kind.startswith("gripper"):
+        if excess.max() > 0.1:
+            todo = "1 is open, 0 (or -1) closed: correct scale, low and high of the gripper in the embodiment"
+            raise reject("E_POLARITY", item, key, expected, found, todo)
+        return [f"{key}: expected {expected}, found {found}"]
+    for unit, factor, name in (("rad", np.pi / 180, "degrees"), ("m", 1e-3, "millimetres")):
+        reach = np.abs(values).max() / np.maximum(np.abs(low), np.abs(high)).max()
+        if field.unit.split("/")[0] == unit and reach > 0.1 / factor and reach < 10 / factor:
+            todo = f"these look like {name}: set the field's scale to {factor:.6g} in the embodiment"
+            raise reject("E_UNITS", item, key, expected, found, todo)
+    # joints cannot be far outside their range; hands and commands may leave the box that somebody wrote down
+    slack = 0.1 if field.kind == "joint_position" and field.mode == "absolute" else 1.0
+    if excess.max() > slack:
+        todo = "correct the field's limits in the embodiment, or remove the episode"
+        raise reject("E_VALUE", item, key, expected, found, todo)
+    return [f"{key}: expected {expected}, found {found}"]
+
+
+def _check_polarity(episode: Episode, spec: EmbodimentSpec, item: Item) -> None:
+    """Refuse a gripper whose state closes when its command opens: compare them over delays up to half a second."""
+    states = [(f, s) for f, s, _ in slices(spec.state) if f.kind == "gripper_position"]
+    actions = [(f, s) for f, s, _ in slices(spec.action) if f.kind.startswith("gripper") and f.mode == "absolute"]
+    if len(states) != len(actions) or any(f.size != 1 for f, _ in (*states, *actions)):
+        return
+    for (state, here), (action, there) in zip(states, actions, strict=True):
+        position, command = episode.state[:, here.start], episode.action[:, there.start]
+        delays = range(1, min(len(command) // 2, max(2, round(spec.control_hz / 2))))
+        likeness = [_correlation(command[:-k], position[k:]) for k in delays]
+        if likeness and max(likeness) < -0.5:
+            found = f"correlation {max(likeness):.2f}"
+            todo = "1 is open in both: turn the sign of one gripper's scale in the embodiment"
+            raise reject("E_POLARITY", item, f"action.{action.name}", f"{state.name} to follow it", found, todo)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    if np.std(a) < 0.05 or np.std(b) < 0.05:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _check_camera(frames: np.ndarray, camera: str, item: Item) -> list[str]:
+    blank = np.array([frame.min() == frame.max() for frame in frames])
+    notes = []
+    if blank.any():
+        found = f"{blank.sum()} of one colour, the first at {int(np.argmax(blank))} ({blank.mean():.1%} of frames)"
+        if blank.mean() > BLANK_SHARE:
+            expected = f"at most {BLANK_SHARE:.0%} blank frames"
+            raise reject("E_CAMERA", item, f"images.{camera}", expected, found, "remove the camera or the episode")
+        notes.append(f"images.{camera}: frames {found}")
+    if len(frames) > MIN_FRAMES and all(np.array_equal(frames[0], frame) for frame in frames[1:]):
+        notes.append(f"images.{camera}: all {len(frames)} frames are equal")
+    return notes
+
+
+def json_lines(rejections: Sequence[Rejected]) -> Iterator[str]:
+    """Yield one JSON object per rejection."""
+    for rejected in rejections:
+        yield json.dumps(rejected.fields(), ensure_ascii=True) + "\n"
