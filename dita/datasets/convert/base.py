@@ -182,20 +182,25 @@ def check_inside(root: Path, path: Path) -> Path:
     """Return `path`, which must lie in the folder `root` (or be it) also when links are followed.
 
     Raises:
-        Rejected: E_PATH.
+        Rejected: E_PATH; also for a link to a folder, and for what is no file (a pipe would block for ever).
     """
     real, base = Path(os.path.realpath(path)), Path(os.path.realpath(root))
     if not real.is_relative_to(base):
         found = f"a link to {real}"
-        raise Rejected("E_PATH", path, "", "", f"a file inside {base}", found, PATH_TODO)
-    return path
+    elif real.is_dir() and path.is_symlink() and path != root:
+        found = f"a link to the folder {real}"
+    elif real.exists() and not real.is_dir() and not real.is_file():
+        found = "a pipe, socket or device"
+    else:
+        return path
+    raise Rejected("E_PATH", path, "", "", f"a file inside {base}", found, PATH_TODO)
 
 
 def list_files(root: Path, *suffixes: str) -> list[Path]:
     """List the input's files with one of the suffixes, in numeric order: `root` itself, or all below the folder.
 
-    Links inside the folder are followed to files but not to folders; a link that leaves it is listed, so that
-    `check_inside` can refuse it as an item of its own.
+    A link that leaves the folder, or leads to a folder, is listed and not followed: `check_inside` refuses it as an
+    item of its own.
 
     Raises:
         FileNotFoundError: nothing is at `root`.
@@ -205,7 +210,9 @@ def list_files(root: Path, *suffixes: str) -> list[Path]:
         raise FileNotFoundError(f"{root} does not exist")
     if root.is_file():
         return [root]
-    found = [Path(d) / f for d, _, files in os.walk(root) for f in files if f.lower().endswith(suffixes)]
+    walk = list(os.walk(root))
+    found = [Path(d) / f for d, _, files in walk for f in files if f.lower().endswith(suffixes)]
+    found += [Path(d) / f for d, folders, _ in walk for f in folders if (Path(d) / f).is_symlink()]
     if not found:
         wanted = " or ".join(suffixes)
         raise Rejected(
