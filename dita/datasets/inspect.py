@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dita.datasets.store import Store, staged_episodes
+from dita.datasets.segments import staged_episodes
+from dita.datasets.store import Store
 from dita.embodiment import slices
 from dita.types import FieldSpec
 
