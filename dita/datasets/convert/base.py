@@ -10,7 +10,8 @@ written and rejected with a code; the driver (`run.py`) counts. Codes, each with
 
     E_PATH       a name, link or size that is a trick: nothing is followed out of the input, nothing inflates a bomb
     E_TRUNCATED  a file or stream ends early            E_CHECKSUM   its own checksum does not match
-    E_SCHEMA     a key, type or shape is missing or odd E_LENGTH     arrays of one episode have unequal lengths
+    E_SCHEMA     not this format, or an odd shape       E_LENGTH     arrays of one episode have unequal lengths
+    E_KEY        a key is missing                       E_DTYPE      strings or objects where numbers belong
     E_EMPTY      fewer than two frames                  E_VALUE      not finite, or outside the limits
     E_UNITS      degrees for radians, mm for metres     E_POLARITY   gripper outside its range, or upside down
     E_JOINTS     joint names missing, twice, unknown    E_CAMERA     blank frames in more than 5 % of an episode
@@ -36,14 +37,15 @@ from jaxtyping import Float
 from scipy.spatial.transform import Rotation
 
 from dita.datasets.shards import StoreError
-from dita.datasets.store import check_episode
+from dita.datasets.writer import check_episode
 from dita.embodiment import slices
 from dita.types import CameraSpec, EmbodimentSpec, Episode, FieldSpec
 
 MAX_NAME = 200  # characters of a file or key name
 MAX_FRAME_PIXELS = 16 * 2**20  # of one decoded frame
 MAX_EPISODE_BYTES = 16 * 2**30  # of one episode's decoded arrays
-MAX_RATIO = 2000  # decoded / stored bytes of one compressed array; blank frames reach a few hundred
+MAX_RATIO = 200  # decoded / stored bytes of a large array: gzip makes 1000 of zeros, camera frames make 5
+RATIO_FROM = 256 * 2**20  # bytes; smaller arrays do no harm
 MAX_FRAMES = 10**7  # per episode
 BLANK_SHARE = 0.05  # of an episode's frames
 MIN_FRAMES = 2
@@ -239,7 +241,7 @@ def check_size(shape: Sequence[int], itemsize: int, file: str | Path, key: str, 
         (total, MAX_EPISODE_BYTES, "decoded bytes per episode"),
         (int(shape[0]) if len(shape) else 1, MAX_FRAMES, "frames per episode"),
         (int(shape[1]) * int(shape[2]) if len(shape) == 4 else 0, MAX_FRAME_PIXELS, "pixels per frame"),
-        (total // max(stored or total, 4096), MAX_RATIO, "decoded bytes per stored byte"),
+        (total // (stored or total or 1) if total > RATIO_FROM else 1, MAX_RATIO, "decoded bytes per stored byte"),
     ]
     for found, limit, what in limits:
         if found > limit:
