@@ -376,6 +376,47 @@ def quaternion_6d(values: Float[np.ndarray, "m 4"], order: str, file: str | Path
     return rotation_6d(Rotation.from_quat(values, scalar_first=order == "wxyz"))
 
 
+def assemble(
+    columns: Float[np.ndarray, "m c"], fields: tuple[FieldSpec, ...], order: str, file: str | Path, key: str
+) -> Float[np.ndarray, "m d"]:
+    """Turn the source's own columns, concatenated as the fields are, into SI float32.
+
+    An absolute rotation (6-D here) may take 3 columns in the source (axis-angle, rad), 4 (a quaternion, `order` "wxyz"
+    or "xyzw") or 6; it has no scale.
+
+    Raises:
+        Rejected: E_SCHEMA: another number of columns; E_VALUE: no rotation.
+    """
+    turns = sum(f.kind == "ee_rotation_6d" for f in fields)
+    left = columns.shape[1] - sum(f.size for f in fields if f.kind != "ee_rotation_6d")
+    width = left // turns if turns else 0
+    if left != width * turns or (turns and width not in (3, 4, 6)):
+        names = ", ".join(f"{f.name}[{f.size}]" for f in fields)
+        todo = "correct the embodiment's fields"
+        raise Rejected("E_SCHEMA", file, "", key, f"columns for {names}", f"{columns.shape[1]} columns", todo)
+    parts, start = [], 0
+    for field in fields:
+        stop = start + (width if field.kind == "ee_rotation_6d" else field.size)
+        values = columns[:, start:stop].astype(np.float64)
+        if field.kind != "ee_rotation_6d":
+            parts.append(to_si(values, (field,)))
+        elif width == 4:
+            parts.append(quaternion_6d(values, order, file, key))
+        else:
+            parts.append(values if width == 6 else rotation_6d(Rotation.from_rotvec(values)))
+        start = stop
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def match_cameras(spec: EmbodimentSpec | None, keys: Sequence[str]) -> dict[str, str]:
+    """Return camera name -> key of the data: equal names, or the only camera of both; all keys without a spec."""
+    if spec is None:
+        return {key: key for key in keys}
+    if len(spec.cameras) == len(keys) == 1:
+        return {spec.cameras[0].name: keys[0]}
+    return {key: key for key in keys}
+
+
 # --- what every episode must pass
 
 
