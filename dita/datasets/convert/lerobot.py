@@ -1,0 +1,510 @@
+"""LeRobot v2.1 and v3.0: parquet tables, pictures in mp4 or in the tables; read without the lerobot package.
+
+v2.1: meta/episodes.jsonl and tasks.jsonl, one parquet and one mp4 per camera for each episode. v3.0: the rows of
+meta/episodes/*/*.parquet say in which shared parquet and mp4 an episode lies and from which second on; the texts are
+the pandas index of meta/tasks.parquet. Format: https://huggingface.co/docs/lerobot/lerobot-dataset-v3
+
+A killed recorder leaves counts of episodes that do not exist and shifts later episodes to the pictures of others
+(lerobot#2495, #3522). So rows are taken by episode_index and frames by time stamp, and whatever is written twice
+(counts, lengths, indices, slices, statistics) has to agree.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from jaxtyping import Float64, UInt8
+
+from dita.datasets.convert.base import (
+    Item,
+    Options,
+    Rejected,
+    check_size,
+    fit_spec,
+    refuse_to_guess,
+    reorder,
+    safe_path,
+    to_si,
+)
+from dita.datasets.convert.lerobot_meta import (
+    COUNTERS,
+    EDIT,
+    INFO,
+    OTHERS,
+    Entry,
+    Feature,
+    Info,
+    check_totals,
+    damage,
+    episode_id,
+    find_orphans,
+    find_problems,
+    open_parquet,
+    read_entries,
+    read_info,
+    read_tasks,
+    same,
+)
+from dita.datasets.convert.pictures import decode_picture, picture_size
+from dita.datasets.convert.video import read_frames
+from dita.embodiment import load_embodiment
+from dita.types import EmbodimentSpec, Episode, FieldSpec
+
+OPTIONS = {
+    "action": "feature that holds the actions (default: action)",
+    "state": "feature that holds the state (default: observation.state)",
+    "tolerance": "seconds between a row and its video frame (default: 1e-4, as lerobot)",
+    "write_embodiment": "write a file to edit for --embodiment, made from the features, and stop",
+}
+SUCCESS = "next.success"
+# what robot_type and names can stand for; the values must bear it out, see `infer`
+KNOWN: dict[tuple[str, tuple[str, ...], tuple[str, ...]], str] = {
+    ("sawyer", ("x", "y", "z", "gripper"), ("dx", "dy", "dz", "gripper")): "metaworld_sawyer",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """One episode as stored: the source's own units, order and names."""
+
+    images: Mapping[str, UInt8[np.ndarray, "m h w 3"]]  # by feature
+    state: Float64[np.ndarray, "m s"]
+    action: Float64[np.ndarray, "m a"]
+    stamp: Float64[np.ndarray, "m"]  # [s] from the episode's start
+    task: str
+    success: bool | None
+
+
+def to_episode(
+    raw: Raw, spec: EmbodimentSpec, cameras: Mapping[str, str], order: Mapping[str, list[int]], source: str
+) -> Episode:
+    """Turn what LeRobot stores into an episode of `spec`: named cameras, joints in the embodiment's order, SI.
+
+    `cameras`: camera -> feature; `order`: "state" and "action" -> index in the data of each of the embodiment's dims.
+    """
+    return Episode(
+        images={camera: raw.images[key] for camera, key in cameras.items()},
+        state=to_si(raw.state[:, order["state"]], spec.state),
+        action=to_si(raw.action[:, order["action"]], spec.action),
+        stamp=raw.stamp,
+        instruction=raw.task,
+        success=raw.success,
+        source=source,
+    )
+
+
+def open_source(path: str | Path, embodiment: EmbodimentSpec | None, options: Options) -> LeRobotSource:
+    """Open the folder of a LeRobot data set, the one that holds `meta`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        Rejected: E_KEY, E_SCHEMA, E_VERSION, E_LAYOUT, E_PATH: nothing that can be read; E_COUNT, E_STATS: totals
+            contradict the episodes; E_SCHEMA, E_JOINTS, E_STAMP: no embodiment, or another one.
+    """
+    return LeRobotSource(Path(path), embodiment, options)
+
+
+class LeRobotSource:
+    """An opened data set; see `base.Source`."""
+
+    def __init__(self, root: Path, embodiment: EmbodimentSpec | None, options: Options) -> None:
+        """Use `open_source`."""
+        self.root, self._options, self._tolerance = root, options, _tolerance(options)
+        self.warnings: list[str] = []
+        self.info = info = read_info(root)
+        self.keys = {
+            "state": options.extra.get("state", "observation.state"),
+            "action": options.extra.get("action", "action"),
+        }
+        self.entries, refused, broken = read_entries(root, info, self._vectors)
+        self._refused = find_problems(root, info, self.entries, refused, broken) | refused
+        self._orphans = find_orphans(root, info, self.entries, self._refused.keys())
+        self._tasks = read_tasks(root, info)
+        if not (broken or self._refused or self._orphans):
+            check_totals(root, info, self.entries, self._vectors)
+        self._fit(embodiment)
+
+    @property
+    def _vectors(self) -> list[str]:
+        return [key for key in self.keys.values() if key in self.info.features]
+
+    def items(self) -> list[Item]:
+        """List the episodes that the metadata list, those they only count, and rows and files that nobody lists."""
+        indices = sorted(self.entries.keys() | self._refused.keys())
+        tables = {i: self.entries[i].table if i in self.entries else INFO for i in indices}
+        listed = [Item(episode_id(i), tables[i], i, self._split(i)) for i in indices]
+        return [*listed, *(Item(id, Path(p.file).name, id) for id, p in self._orphans.items())]
+
+    def read(self, item: Item) -> Episode:
+        """Read one episode; see `base.Source`.
+
+        Raises:
+            Rejected: E_INDEX, E_COUNT, E_EMPTY, E_LENGTH, E_KEY, E_DTYPE, E_SCHEMA, E_CHUNK_MISSING, E_TRUNCATED,
+                E_CHECKSUM, E_STAMP, E_STATS, E_TASK, E_VALUE, E_VIDEO, E_PATH, E_DUP, E_INSTRUCTION.
+        """
+        if problem := self._orphans.get(item.id) or self._refused.get(int(item.key)):
+            raise problem
+        return to_episode(self.read_raw(int(item.key)), self.spec, self.cameras, self._order, item.id)
+
+    def close(self) -> None:
+        """Do nothing: files are open only while an episode is read."""
+
+    def read_raw(self, index: int) -> Raw:
+        """Read one listed episode in the source's own units; see `read` for what is raised."""
+        entry, features = self.entries[index], self.info.features
+        pictures = [features[key] for key in self.cameras.values()]
+        wanted = [*COUNTERS, *self._vectors, *(f.key for f in pictures if f.dtype == "image")]
+        rows = Rows(self.root, entry, [*wanted, *([SUCCESS] if SUCCESS in features else [])])
+        rows.check_counters(self.info.fps, self._tolerance)
+        vectors = {key: rows.vectors(features[key]) for key in self._vectors}
+        for key, values in vectors.items():
+            check_stats(values, entry.stats.get(key, {}), rows, key)
+        task = self._task(entry, rows)
+        stamp = rows.numbers("timestamp").astype(np.float64)
+        images = {f.key: self._pictures(f, entry, rows, stamp) for f in pictures}
+        success = bool(rows.numbers(SUCCESS)[-1]) if SUCCESS in features else None
+        state, action = (vectors.get(key, np.zeros((len(stamp), 0))) for key in self.keys.values())
+        return Raw(images, state, action, stamp, task, success)
+
+    def _pictures(
+        self, feature: Feature, entry: Entry, rows: Rows, stamp: Float64[np.ndarray, "m"]
+    ) -> UInt8[np.ndarray, "m h w 3"]:
+        check_size((entry.length, *feature.shape), 1, rows.path, feature.key)
+        if feature.dtype == "image":
+            return rows.pictures(feature)
+        clip = entry.clips[feature.key]
+        times, slack = clip.start + stamp, self._tolerance + float(np.spacing(np.float32(stamp[-1])))
+        path = safe_path(self.root, clip.path)
+        size = (feature.shape[0], feature.shape[1])
+        return read_frames(path, times, slack, size, feature.key, whole=clip.stop is None)
+
+    def _task(self, entry: Entry, rows: Rows) -> str:
+        indices = rows.numbers("task_index")
+        changes = np.flatnonzero(np.diff(indices))
+        if len(changes):
+            found = f"{indices[0]}, then {indices[changes[0] + 1]} at frame {changes[0] + 1}"
+            raise rows.no("E_TASK", "task_index", "one task per episode", found, "split the episode there")
+        text = self._tasks.get(int(indices[0]))
+        if text is None:
+            known = ", ".join(map(str, self._tasks)) or "none"
+            raise rows.no("E_TASK", "task_index", f"one of meta/tasks: {known}", f"{indices[0]}", EDIT)
+        if entry.tasks and text not in entry.tasks:
+            found = f"{text!r} by task_index {indices[0]}"
+            raise rows.no("E_TASK", "task_index", f"one of meta/episodes: {list(entry.tasks)}", found, EDIT)
+        return self._options.require_instruction(rows.path, text)
+
+    def _split(self, index: int) -> str:
+        return next((name for name, indices in self.info.splits.items() if index in indices), "")
+
+    def _fit(self, given: EmbodimentSpec | None) -> None:
+        """Find the embodiment, its cameras and the order of its dims."""
+        where, features = self.root / INFO, self.info.features
+        if self.keys["action"] not in features:
+            todo = "name the feature that holds them: -o action=KEY"
+            raise Rejected("E_KEY", where, "", "features", self.keys["action"], ", ".join(features), todo)
+        wanted = {c.name for c in given.cameras} if given else set()
+        pictures = [f for f in features.values() if f.dtype in ("image", "video")]
+        colour = {(f.key if f.key in wanted else camera_name(f.key)): f for f in pictures if f.shape[2] == 3}
+        if target := self._options.extra.get("write_embodiment"):
+            self._write_embodiment(Path(target), colour)
+        spec = given or infer(self.info, self.entries.values(), self.keys, where)
+        sizes = {name: (f.shape[0], f.shape[1]) for name, f in colour.items()}
+        self.spec, notes = fit_spec(spec, sizes, self.info.fps, given=given is not None, file=where)
+        self.cameras = {c.name: colour[c.name].key for c in self.spec.cameras}
+        self._order = {}
+        for group, fields in (("state", spec.state), ("action", spec.action)):
+            key = self.keys[group]
+            self._order[group] = order = match_fields(fields, features.get(key), key, where)
+            if order != sorted(order):
+                moved = ", ".join(f"{features[key].names[i]} -> {f.name}" for i, f in zip(order, fields, strict=True))
+                notes.append(f"{key} reordered by name: {moved}")
+        self.warnings += [*notes, *self._left_out({f.key for f in colour.values()})]
+        if given is None:
+            self.warnings.append(f"embodiment {spec.name}: by robot_type, names and range of the actions")
+
+    def _left_out(self, colour: set[str]) -> Iterator[str]:
+        used = {*self.keys.values(), *colour, *COUNTERS, SUCCESS}
+        if left := [key for key in self.info.features if key not in used]:
+            yield f"features left out, since a store has no place for them: {', '.join(left)}"
+
+    def _write_embodiment(self, target: Path, cameras: Mapping[str, Feature]) -> NoReturn:
+        text = skeleton(self.info, list(self.entries.values()), self.keys, cameras)
+        with target.open("x") as file:
+            file.write(text)
+        raise ValueError(f"wrote {target}: correct its kinds, units, frames and scales, then --embodiment {target}")
+
+
+def camera_name(key: str) -> str:
+    """Shorten a feature's key: observation.images.top -> top."""
+    return re.sub(r"^observation\.(images\.)?", "", key)
+
+
+def _tolerance(options: Options) -> float:
+    text = options.extra.get("tolerance", "1e-4")
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if not 0 < value < 1:
+        raise ValueError(f"-o tolerance={text}: expected seconds, e.g. 1e-4")
+    return value
+
+
+# --- embodiments
+
+
+def infer(info: Info, entries: Iterable[Entry], keys: Mapping[str, str], file: Path) -> EmbodimentSpec:
+    """Return the shipped embodiment that robot_type, names and values stand for.
+
+    LeRobot names dims but no units. Commands that reach exactly 1 and never more are the clipped ones of a normalised
+    action space; metres would not stop there.
+
+    Raises:
+        Rejected: E_SCHEMA: it cannot be told; says what the data hold.
+    """
+    names = {group: info.features[key].names if key in info.features else () for group, key in keys.items()}
+    known = KNOWN.get((info.robot_type, names["state"], names["action"]))
+    stats = [s for e in entries if (s := e.stats.get(keys["action"]))]
+    if known and stats and max(_reach(s) for s in stats) == 1:
+        return load_embodiment(known)
+    shown = [f"{key}: {', '.join(names[group]) or 'no names'}" for group, key in keys.items()]
+    cameras = [f for f in info.features.values() if f.dtype in ("image", "video")]
+    shown += ["cameras: " + (", ".join(f"{camera_name(f.key)} {f.shape[1]}x{f.shape[0]}" for f in cameras) or "none")]
+    shown += [f"robot_type {info.robot_type!r}", f"{info.fps:g} Hz"]
+    refusal = refuse_to_guess("lerobot", file, {"kinds, units and frames": "; ".join(shown)})
+    todo = f"{refusal.todo}; -o write_embodiment=FILE writes one for this data set, to edit"
+    raise Rejected(**{**refusal.fields(), "todo": todo})
+
+
+def _reach(stats: Mapping[str, Any]) -> float:
+    try:
+        return float(np.max(np.abs([stats["min"], stats["max"]])))
+    except (TypeError, ValueError):
+        return np.inf
+
+
+def match_fields(fields: tuple[FieldSpec, ...], feature: Feature | None, key: str, file: Path) -> list[int]:
+    """Return for each dim of the embodiment its index in the data: by name where both name single joints.
+
+    Raises:
+        Rejected: E_JOINTS: another number of dims, or names that overlap without being the same.
+    """
+    size = sum(f.size for f in fields)
+    names, found = (feature.names, feature.shape[0]) if feature else ((), 0)
+    ours, theirs = [_plain(f.name) for f in fields], [_plain(n) for n in names]
+    if size != found:
+        expected = f"{size} values: {', '.join(f'{f.name}[{f.size}]' for f in fields) or 'none'}"
+        todo = "correct the embodiment's fields, or -o state=KEY, -o action=KEY"
+        raise Rejected("E_JOINTS", file, "", key, expected, f"{found}: {', '.join(names) or 'no names'}", todo)
+    if all(f.size == 1 for f in fields) and set(ours) & set(theirs):
+        return reorder(ours, theirs, file, key)
+    return list(range(size))
+
+
+def skeleton(info: Info, entries: Sequence[Entry], keys: Mapping[str, str], cameras: Mapping[str, Feature]) -> str:
+    """Return an embodiment file to edit: a field for each name, limits as wide as the data, the data's rate."""
+
+    def lines(values: Iterable[Mapping[str, Any]]) -> str:
+        flow = (yaml.safe_dump(dict(v), sort_keys=False, default_flow_style=True, width=10_000).strip() for v in values)
+        return "".join(f"\n  - {text}" for text in flow) or " []"
+
+    text = f"""\
+# Made from the features of a LeRobot data set, which tells neither kinds nor units nor frames: correct them.
+# SI value = scale * the data's value (degrees: unit rad, scale 0.0174533); grippers: 1 = open; low and high in SI.
+name: {re.sub(r"[^A-Za-z0-9]+", "_", info.robot_type)}
+robot: {json.dumps(info.robot_type)}
+"""
+    for group, key in keys.items():
+        stats = [s for e in entries if (s := e.stats.get(key))]
+        fields = _skeleton_fields(info.features[key], stats) if key in info.features else ()
+        text += f"{group}:{lines(fields)}\n"
+    sizes = [(name, f.shape) for name, f in cameras.items()]
+    slots = [{"name": name, "height": h, "width": w, "slot": i} for i, (name, (h, w, _)) in enumerate(sizes)]
+    text += f"cameras:{lines(slots)}\n"
+    dt = 1 / info.fps
+    return text + f"obs_dt: {dt!r}\naction_dt: {dt!r}\ncontrol_hz: {info.fps!r}\nlimits: null\n"
+
+
+def _skeleton_fields(feature: Feature, stats: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    size = feature.shape[0]
+    low = np.min([s["min"] for s in stats], axis=0) if stats else -np.ones(size)
+    high = np.max([s["max"] for s in stats], axis=0) if stats else np.ones(size)
+    for i, name in enumerate(feature.names or [f"value_{i}" for i in range(size)]):
+        gripper = "gripper" in name.lower()
+        yield {
+            "name": re.sub(r"\W+", "_", _plain(name)),
+            "kind": "gripper_position" if gripper else "joint_position",
+            "size": 1,
+            "unit": "1" if gripper else "rad",
+            "frame": "none" if gripper else "joint",
+            "mode": "absolute",
+            "reference": None,
+            "scale": 1.0,
+            "slot": i,
+            "low": [float(low[i])],
+            "high": [float(max(high[i], low[i] + 1e-3))],
+        }
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(".pos")
+
+
+# --- tables
+
+
+class Rows:
+    """The rows of one episode, by feature."""
+
+    def __init__(self, root: Path, entry: Entry, wanted: list[str]) -> None:
+        """Read the wanted features from the episode's own parquet (v2.1), or by episode_index from a shared one (v3.0).
+
+        Raises:
+            Rejected: E_CHUNK_MISSING, E_TRUNCATED, E_CHECKSUM; E_KEY: a column is missing; E_LENGTH: more or fewer
+                rows than the metadata say.
+        """
+        self.path, self.episode, self._entry = safe_path(root, entry.table), episode_id(entry.index), entry
+        file = open_parquet(self.path, self.episode)
+        names = file.schema_arrow.names
+        if missing := [key for key in wanted if key not in names]:
+            raise self.no("E_KEY", missing[0], "a column", f"only {', '.join(names)}", OTHERS)
+        with damage(self.path, self.episode):
+            self.table = _read_rows(file, wanted, None if entry.first is None else entry.index)
+        if self.table.num_rows != entry.length:
+            raise self.no("E_LENGTH", "length", f"{entry.length} rows as in meta", f"{self.table.num_rows}", OTHERS)
+
+    def no(self, code: str, key: str, expected: str, found: str, todo: str) -> Rejected:
+        """Return a refusal of this episode."""
+        return Rejected(code, self.path, self.episode, key, expected, found, todo)
+
+    def numbers(self, key: str) -> np.ndarray:
+        """Return a column of one number per row; features of shape (1,) are scalars in parquet."""
+        return self._matrix(key, 1)[:, 0]
+
+    def vectors(self, feature: Feature) -> Float64[np.ndarray, "m d"]:
+        """Return a column of one vector per row.
+
+        Raises:
+            Rejected: E_SCHEMA, E_DTYPE, E_LENGTH: not what info.json says; E_VALUE: null, NaN or infinite.
+        """
+        if len(feature.shape) != 1:
+            raise self.no("E_SCHEMA", feature.key, "a vector", f"shape {list(feature.shape)}", EDIT)
+        values = self._matrix(feature.key, feature.shape[0]).astype(np.float64)
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            frame, dim = bad[0].tolist()
+            share = len(np.unique(bad[:, 0])) / len(values)
+            found = f"{values[frame, dim]} in dim {dim} at frame {frame} ({share:.1%} of frames)"
+            raise self.no("E_VALUE", feature.key, "finite numbers", found, OTHERS)
+        return values
+
+    def pictures(self, feature: Feature) -> UInt8[np.ndarray, "m h w 3"]:
+        """Decode a column of PNG or JPEG bytes.
+
+        Raises:
+            Rejected: E_SCHEMA: no bytes, another size or mode, or damaged.
+        """
+        column = self.table[feature.key].combine_chunks()
+        if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
+            raise self.no("E_SCHEMA", feature.key, "bytes of pictures", f"{column.type}", EDIT)
+        frames = np.empty((len(column), *feature.shape), np.uint8)
+        for i, data in enumerate(column.field("bytes")):
+            frames[i] = self._picture(data.as_py(), feature, f"{feature.key}, frame {i}")
+        return frames
+
+    def check_counters(self, fps: float, tolerance: float) -> None:
+        """Compare episode_index, frame_index, index and timestamp with what they must be.
+
+        Raises:
+            Rejected: E_INDEX, E_STAMP.
+        """
+        count = np.arange(self._entry.length)
+        first = self.numbers("index")[0] if self._entry.first is None else self._entry.first
+        expected = {"episode_index": self._entry.index + 0 * count, "frame_index": count, "index": first + count}
+        for key, values in expected.items():
+            found = self.numbers(key)
+            if np.any(wrong := found != values):
+                i = int(np.argmax(wrong))
+                text = f"{found[i]} ({wrong.mean():.1%} of frames are off)"
+                raise self.no("E_INDEX", key, f"{values[i]} at frame {i}", text, OTHERS)
+        stamp = self.numbers("timestamp").astype(np.float64)
+        slack = tolerance + 2 * np.spacing(np.float32(count[-1] / fps))  # they are float32
+        wrong = ~np.isfinite(stamp)
+        wrong[1:] |= ~(np.abs(np.diff(stamp) - 1 / fps) <= slack)
+        if np.any(wrong):
+            i = int(np.argmax(wrong))
+            text = f"{stamp[i]:.6f} s at frame {i} after {stamp[max(i - 1, 0)]:.6f} s ({wrong.mean():.1%} of frames)"
+            raise self.no("E_STAMP", "timestamp", f"steps of {1 / fps:.6f} s within {tolerance:g} s", text, OTHERS)
+
+    def _matrix(self, key: str, size: int) -> np.ndarray:
+        column = self.table[key].combine_chunks()
+        kind = column.type
+        if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)):
+            if size != 1:
+                raise self.no("E_LENGTH", key, f"{size} values per row", f"one {kind}", EDIT)
+            return self._numpy(column, key, 1)[:, None]
+        fixed = kind.list_size if pa.types.is_fixed_size_list(kind) else column.value_lengths().fill_null(-1)
+        sizes = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, fixed)
+        if np.any(wrong := sizes != size):
+            i = int(np.argmax(wrong))
+            found = f"{sizes[i]} at frame {i}" if sizes[i] >= 0 else f"null at frame {i}"
+            raise self.no("E_LENGTH", key, f"{size} values per row", found, EDIT)
+        return self._numpy(column.flatten(), key, size).reshape(-1, size)
+
+    def _numpy(self, column: pa.Array, key: str, size: int) -> np.ndarray:
+        kind = column.type
+        if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+            raise self.no("E_DTYPE", key, "numbers", f"{kind}", EDIT)
+        if column.null_count:
+            frame = int(np.argmax(column.is_null().to_numpy(zero_copy_only=False))) // size
+            raise self.no("E_VALUE", key, "numbers", f"null at frame {frame}", OTHERS)
+        return column.to_numpy(zero_copy_only=False)
+
+    def _picture(self, data: bytes | None, feature: Feature, key: str) -> UInt8[np.ndarray, "h w 3"]:
+        if data is None:
+            raise self.no("E_SCHEMA", key, "bytes of a picture", "none, at most a path to a file", EDIT)
+        height, width = picture_size(data, self.path, key)
+        if (height, width) != feature.shape[:2]:
+            expected = f"{feature.shape[1]} x {feature.shape[0]} as in info.json"
+            raise self.no("E_SCHEMA", key, expected, f"{width} x {height}", EDIT)
+        return decode_picture(data, self.path, key)
+
+
+def _read_rows(file: pq.ParquetFile, columns: list[str], episode: int | None) -> pa.Table:
+    """Read all rows, or, batch by batch, those of one episode of a shared file."""
+    if episode is None:
+        return file.read(columns, use_threads=False)
+    groups = [g for g in range(file.num_row_groups) if _may_hold(file.metadata.row_group(g), episode)]
+    batches = file.iter_batches(256, row_groups=groups, columns=columns, use_threads=False)
+    kept = [b.filter(pa.array(b.column("episode_index").to_numpy(zero_copy_only=False) == episode)) for b in batches]
+    schema = kept[0].schema if kept else pa.schema([file.schema_arrow.field(name) for name in columns])
+    return pa.Table.from_batches(kept, schema)
+
+
+def _may_hold(group: pq.RowGroupMetaData, episode: int) -> bool:
+    columns = (group.column(i) for i in range(group.num_columns))
+    stats = next((c.statistics for c in columns if c.path_in_schema == "episode_index"), None)
+    return stats is None or not stats.has_min_max or stats.min <= episode <= stats.max
+
+
+def check_stats(values: Float64[np.ndarray, "m d"], stats: Mapping[str, Any], rows: Rows, key: str) -> None:
+    """Compare an episode with its own statistics; others show that metadata and data have come apart.
+
+    Raises:
+        Rejected: E_STATS.
+    """
+    actual = {"count": [len(values)], "min": values.min(axis=0), "max": values.max(axis=0)}
+    for name in stats:
+        if not same(actual[name], stats[name]):
+            expected = f"{np.asarray(actual[name]).tolist()} as in its rows"
+            todo = f"the statistics in meta are of other rows: {OTHERS}"
+            raise rows.no("E_STATS", f"stats/{key}/{name}", expected, f"{stats[name]}", todo)
