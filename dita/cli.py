@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         dita convert lerobot path/to/dataset data/so100.zarr --embodiment my_arm.yaml --codec jpeg
         dita convert rlds bridge/1.0.0 data/bridge.zarr --quarantine --resume
         dita convert aloha sim_transfer_cube/ data/cube.zarr --instruction "pass the cube to the other hand"
-        dita convert diffusion_policy pusht.zarr data/pusht.zarr --embodiment pusht --instruction "push the T"
+        dita convert diffusion_policy pusht.zarr out.zarr --embodiment pusht --instruction "push" -o 'state=state[0:2]'
         dita convert mcap bags/ data/bags.zarr --embodiment ur5e --ray auto""", False)  # fmt: skip
     _add_convert(convert)
     train = verb("train", _train, "Train a policy on one or more stores.", """

@@ -387,10 +387,8 @@ def assemble(
     Raises:
         Rejected: E_SCHEMA: another number of columns; E_VALUE: no rotation.
     """
-    turns = sum(f.kind == "ee_rotation_6d" for f in fields)
-    left = columns.shape[1] - sum(f.size for f in fields if f.kind != "ee_rotation_6d")
-    width = left // turns if turns else 0
-    if left != width * turns or (turns and width not in (3, 4, 6)):
+    width = rotation_columns(columns.shape[1], fields)
+    if width is None:
         names = ", ".join(f"{f.name}[{f.size}]" for f in fields)
         todo = "correct the embodiment's fields"
         raise Rejected("E_SCHEMA", file, "", key, f"columns for {names}", f"{columns.shape[1]} columns", todo)
@@ -406,6 +404,15 @@ def assemble(
             parts.append(values if width == 6 else rotation_6d(Rotation.from_rotvec(values)))
         start = stop
     return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def rotation_columns(columns: int, fields: tuple[FieldSpec, ...]) -> int | None:
+    """Return how many of the source's columns each absolute rotation has: 3, 4, 6, 0 without any; None: no fit."""
+    turns = sum(f.kind == "ee_rotation_6d" for f in fields)
+    left = columns - sum(f.size for f in fields if f.kind != "ee_rotation_6d")
+    if turns == 0:
+        return 0 if left == 0 else None
+    return left // turns if left % turns == 0 and left // turns in (3, 4, 6) else None
 
 
 def match_cameras(spec: EmbodimentSpec | None, keys: Sequence[str]) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """robomimic, robosuite and LIBERO: HDF5 with `data/demo_<n>/{actions, obs/<key>}`, and the environment as JSON.
 
-Facts this rests on: the rate stands in env_args.env_kwargs.control_freq only; quaternions are xyzw; demo numbers may
-have gaps; masks may name absent demos; a gripper command of -1 opens. robosuite's OSC takes commands in -1..1, scales
-them to output_max and adds them to the measured pose. robomimic's own frames are right side up (seen); those that
-robosuite renders in its "opengl" convention, as LIBERO's, are upside down.
+Facts this rests on: the rate stands in env_args.env_kwargs.control_freq, or is robosuite's default; quaternions are
+xyzw; demo numbers may have gaps; masks may name absent demos; a gripper command of -1 opens. robosuite's OSC takes
+commands in -1..1, scales them to output_max and adds them to the measured pose. robomimic's own frames are right side
+up (seen); those that robosuite renders in its "opengl" convention, as LIBERO's, are upside down.
 https://robomimic.github.io/docs/datasets/overview.html, https://robosuite.ai/docs/modules/controllers.html
 """
 
@@ -48,6 +48,8 @@ FLIPS = {"none": (slice(None), slice(None)), "vertical": (slice(None, None, -1),
 SPLITS = ("train", "valid", "test")  # masks that divide a data set
 STATE_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # what a state is made of, where nobody says otherwise
 LIBERO_KEYS = {"ee_pos": "eef_pos", "ee_ori": "eef_quat", "gripper_states": "gripper_qpos", "joint_states": "joint_pos"}
+ROBOSUITE = 1  # env_args.type
+DEFAULT_HZ = 20.0  # control_freq of robosuite.make
 PANDA_OPENING = 0.04  # [m] each finger's way; robosuite panda_gripper.xml
 REACH = 2.0  # [m] about robosuite's origin, in which its arms work
 
@@ -121,11 +123,10 @@ class RobomimicSource:
         layout = self._survey()
         self._keys = match_cameras(embodiment, list(layout.cameras))
         sizes = {name: layout.cameras[key] for name, key in self._keys.items()}
-        hz = layout.env.get("env_kwargs", {}).get("control_freq") or options.control_hz or 0.0
-        hz = hz or (embodiment.control_hz if embodiment else 0.0)
+        hz = self._rate(layout, embodiment)
         given = embodiment is not None
         guess = embodiment if embodiment is not None else infer_embodiment(layout, hz, path)
-        self.spec, notes = fit_spec(guess, sizes, float(hz), given=given, file=path)
+        self.spec, notes = fit_spec(guess, sizes, hz, given=given, file=path)
         self.warnings += notes
         self._keys = {c.name: self._keys[c.name] for c in self.spec.cameras}
         self._check_fields(layout)
@@ -260,6 +261,16 @@ class RobomimicSource:
         columns = action_dims.most_common(1)[0][0]
         return Layout(env, sizes, vectors, columns, upside_down, tuple(skipped - sizes.keys() - vectors.keys()))
 
+    def _rate(self, layout: Layout, embodiment: EmbodimentSpec | None) -> float:
+        declared = layout.env.get("env_kwargs", {}).get("control_freq")
+        for hz in (declared, self._options.control_hz, embodiment.control_hz if embodiment else None):
+            if hz:
+                return float(hz)
+        if layout.env.get("type") != ROBOSUITE:
+            return 0.0
+        self.warnings.append(f"no control_freq in env_args: {DEFAULT_HZ:g} Hz, robosuite's default; or --control-hz")
+        return DEFAULT_HZ
+
     def _check_fields(self, layout: Layout) -> None:
         if absent := [f.name for f in self.spec.state if f.name not in layout.low_dim]:
             have = ", ".join(sorted(layout.low_dim)) or "none"
@@ -379,7 +390,7 @@ def _action_fields(controllers: list[Mapping[str, Any]], columns: int) -> list[d
         elif kind == "OSC_POSE":
             high = [REACH, REACH, 2.5]
             fields.append(field(f"{prefix}position", "ee_position", 3, "m", "base", at, [-REACH, -REACH, -0.5], high))
-            fields.append(field(f"{prefix}rotation", "ee_rotation_6d", 6, "1", "base", at + 3, [-1.0] * 6, [1.0] * 6))
+            fields.append(field(f"{prefix}rotation", "ee_rotation_6d", 6, "1", "base", at + 14, [-1.0] * 6, [1.0] * 6))
         elif kind in ("JOINT_POSITION", "JOINT_VELOCITY") and arms == int(arms):
             joints, velocity = int(arms) - 1, kind == "JOINT_VELOCITY"
             scale = _scale(c, slice(None)) if delta or velocity else 1.0

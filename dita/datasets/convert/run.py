@@ -102,7 +102,7 @@ def convert(config: ConvertConfig) -> Tally:
             items, spec, warnings = source.items(), source.spec, list(source.warnings)
         _check_items(items, config.path)
     except Rejected as e:
-        _finish(config, Tally(1, rejected=[e]))
+        _finish(config, Tally(1, rejected=[e], failed=e))
         raise
     tally = Tally(len(items), warnings=warnings)
     fresh = not config.out.exists() or config.exist == "overwrite"
@@ -443,14 +443,16 @@ def _finish(config: ConvertConfig, tally: Tally) -> None:
     path = rejected_file(config.out)
     path.unlink(missing_ok=True)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    for text in tally.warnings[:SHOWN]:
-        errors.print(f"warning: {text}")
-    if len(tally.warnings) > SHOWN:
-        errors.print(f"warning: and {len(tally.warnings) - SHOWN} more")
+    warnings = Counter(tally.warnings)
+    for text, count in list(warnings.items())[:SHOWN]:
+        errors.print(f"warning: {text}" + (f" ({count} times)" if count > 1 else ""))
+    if len(warnings) > SHOWN:
+        errors.print(f"warning: and {len(warnings) - SHOWN} more")
     if tally.rejected:
         path.write_text("".join(json_lines(tally.rejected)))
         for rejected in tally.rejected[:SHOWN]:
-            errors.print(f"rejected: {rejected}")
+            if rejected is not tally.failed:  # that one is the command's last line
+                errors.print(f"rejected: {rejected}")
         codes = ", ".join(f"{code} {n}" for code, n in sorted(Counter(r.code for r in tally.rejected).items()))
         errors.print(f"rejected: {len(tally.rejected)} ({codes}), listed in {path}")
     assert tally.total == tally.written + len(tally.rejected) + tally.there + tally.unread and tally.unread >= 0
