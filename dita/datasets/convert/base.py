@@ -64,12 +64,16 @@ class Rejected(ValueError):
 
     def __reduce__(self) -> tuple:
         """Pickle by its fields: it crosses processes."""
-        return Rejected, tuple(self.fields().values())
+        return type(self), tuple(self.fields().values())
 
     def fields(self) -> dict[str, str]:
         """Return code, file, episode, key, expected, found and todo."""
         names = ("code", "file", "episode", "key", "expected", "found", "todo")
         return {name: getattr(self, name) for name in names}
+
+
+class Refused(Rejected):
+    """The command does not say enough to read anything; no fault of the data, so no episode is counted."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Options:
         """Return the file's own instruction, else `--instruction`; refuse when there is neither."""
         text = " ".join((found or self.instruction or "").split())
         if not text:
-            raise Rejected(
+            raise Refused(
                 "E_INSTRUCTION", file, "", "instruction", "a text", "none", "say what is done: --instruction TEXT"
             )
         return text
@@ -260,10 +264,10 @@ def check_pixels(width: int, height: int, file: str | Path, key: str) -> None:
 # --- embodiments
 
 
-def refuse_to_guess(source: str, path: Path, missing: Mapping[str, str]) -> Rejected:
+def refuse_to_guess(source: str, path: Path, missing: Mapping[str, str]) -> Refused:
     """Return the refusal of a source that cannot infer its embodiment; `missing`: field -> what the data say."""
     what = "; ".join(f"{name} ({found})" for name, found in missing.items())
-    return Rejected(
+    return Refused(
         "E_SCHEMA",
         path,
         "",

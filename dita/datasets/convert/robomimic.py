@@ -317,9 +317,11 @@ def infer_embodiment(layout: Layout, hz: float, path: Path) -> EmbodimentSpec:
         missing["actions"] = f"{layout.action_dim} columns; the controller in env_args does not explain them"
     if missing:
         raise refuse_to_guess("robomimic", path, missing)
+    libero = any(key in LIBERO_KEYS for key, _, _ in keys)
     values = {
-        "name": "_".join(["libero" if layout.upside_down else "robosuite", *(r.lower() for r in robots)]),
-        "robot": f"{' and '.join(['Franka Panda'] * len(robots))} in robosuite (MuJoCo)",
+        "name": "_".join(["libero" if libero else "robosuite", *(r.lower() for r in robots)]),
+        "robot": f"{' and '.join(['Franka Panda'] * len(robots))} in "
+        f"{'LIBERO (robosuite, MuJoCo)' if libero else 'robosuite (MuJoCo)'}",
         "state": [_state_spec(key, kind, layout.low_dim[key], arm) for key, kind, arm in keys],
         "action": actions,
         "cameras": [],

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dita.datasets.convert import load_source
-from dita.datasets.convert.base import Item, Options, Rejected, Source, check, check_name, json_lines, reject
+from dita.datasets.convert.base import Item, Options, Refused, Rejected, Source, check, check_name, json_lines, reject
 from dita.datasets.segments import read_json, sealed_segments, staged_episodes
 from dita.datasets.store import Store, StoreError, StoreWriter
 from dita.datasets.writer import content_hash
@@ -101,7 +101,9 @@ def convert(config: ConvertConfig) -> Tally:
         with closing(open_input(config)) as source:
             items, spec, warnings = source.items(), source.spec, list(source.warnings)
         _check_items(items, config.path)
-    except Rejected as e:
+    except Refused:
+        raise
+    except Rejected as e:  # the input as a whole
         _finish(config, Tally(1, rejected=[e], failed=e))
         raise
     tally = Tally(len(items), warnings=warnings)
