@@ -107,8 +107,8 @@ def open_source(path: str | Path, embodiment: EmbodimentSpec | None, options: Op
 
     Raises:
         FileNotFoundError: nothing is there.
-        Rejected: E_KEY, E_SCHEMA, E_VERSION, E_LAYOUT, E_PATH: nothing that can be read; E_COUNT, E_STATS: totals
-            contradict the episodes; E_SCHEMA, E_JOINTS, E_STAMP: no embodiment, or another one.
+        Rejected: E_KEY, E_SCHEMA, E_VERSION, E_LAYOUT, E_PATH: nothing that can be read; E_COUNT: more
+            episodes than can be; E_SCHEMA, E_JOINTS, E_STAMP: no embodiment, or another one.
     """
     return LeRobotSource(Path(path), embodiment, options)
 
@@ -127,10 +127,10 @@ class LeRobotSource:
         }
         self.entries, refused, broken = read_entries(root, info, self._vectors)
         self._refused = find_problems(root, info, self.entries, refused, broken) | refused
-        self._orphans = find_orphans(root, info, self.entries, self._refused.keys())
+        self._files = find_orphans(root, info, self.entries, self._refused.keys())
+        if not (broken or self._refused or self._files):
+            self._files = check_totals(root, info, self.entries, self._vectors)
         self._tasks = read_tasks(root, info)
-        if not (broken or self._refused or self._orphans):
-            check_totals(root, info, self.entries, self._vectors)
         self._fit(embodiment)
 
     @property
@@ -138,11 +138,11 @@ class LeRobotSource:
         return [key for key in self.keys.values() if key in self.info.features]
 
     def items(self) -> list[Item]:
-        """List the episodes that the metadata list, those they only count, and rows and files that nobody lists."""
+        """List the files that are refused, then the episodes that the metadata list or at least count."""
         indices = sorted(self.entries.keys() | self._refused.keys())
         tables = {i: self.entries[i].table if i in self.entries else INFO for i in indices}
-        listed = [Item(episode_id(i), tables[i], i, self._split(i)) for i in indices]
-        return [*listed, *(Item(id, Path(p.file).name, id) for id, p in self._orphans.items())]
+        files = [Item(id, Path(e.file).relative_to(self.root).as_posix(), id) for id, e in self._files.items()]
+        return [*files, *(Item(episode_id(i), tables[i], i, self._split(i)) for i in indices)]
 
     def read(self, item: Item) -> Episode:
         """Read one episode; see `base.Source`.
@@ -151,7 +151,7 @@ class LeRobotSource:
             Rejected: E_INDEX, E_COUNT, E_EMPTY, E_LENGTH, E_KEY, E_DTYPE, E_SCHEMA, E_CHUNK_MISSING, E_TRUNCATED,
                 E_CHECKSUM, E_STAMP, E_STATS, E_TASK, E_VALUE, E_VIDEO, E_PATH, E_DUP, E_INSTRUCTION.
         """
-        if problem := self._orphans.get(item.id) or self._refused.get(int(item.key)):
+        if problem := self._files.get(item.id) or self._refused.get(int(item.key)):
             raise problem
         return to_episode(self.read_raw(int(item.key)), self.spec, self.cameras, self._order, item.id)
 
@@ -274,7 +274,7 @@ def infer(info: Info, entries: Iterable[Entry], keys: Mapping[str, str], file: P
     names = {group: info.features[key].names if key in info.features else () for group, key in keys.items()}
     known = KNOWN.get((info.robot_type, names["state"], names["action"]))
     stats = [s for e in entries if (s := e.stats.get(keys["action"]))]
-    if known and stats and max(_reach(s) for s in stats) == 1:
+    if known and stats and max(np.abs([s["min"], s["max"]]).max() for s in stats) == 1:
         return load_embodiment(known)
     shown = [f"{key}: {', '.join(names[group]) or 'no names'}" for group, key in keys.items()]
     cameras = [f for f in info.features.values() if f.dtype in ("image", "video")]
@@ -283,13 +283,6 @@ def infer(info: Info, entries: Iterable[Entry], keys: Mapping[str, str], file: P
     refusal = refuse_to_guess("lerobot", file, {"kinds, units and frames": "; ".join(shown)})
     todo = f"{refusal.todo}; -o write_embodiment=FILE writes one for this data set, to edit"
     raise Rejected(**{**refusal.fields(), "todo": todo})
-
-
-def _reach(stats: Mapping[str, Any]) -> float:
-    try:
-        return float(np.max(np.abs([stats["min"], stats["max"]])))
-    except (TypeError, ValueError):
-        return np.inf
 
 
 def match_fields(fields: tuple[FieldSpec, ...], feature: Feature | None, key: str, file: Path) -> list[int]:
@@ -334,7 +327,7 @@ robot: {json.dumps(info.robot_type)}
     return text + f"obs_dt: {dt!r}\naction_dt: {dt!r}\ncontrol_hz: {info.fps!r}\nlimits: null\n"
 
 
-def _skeleton_fields(feature: Feature, stats: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+def _skeleton_fields(feature: Feature, stats: Sequence[Mapping[str, np.ndarray]]) -> Iterator[dict[str, Any]]:
     size = feature.shape[0]
     low = np.min([s["min"] for s in stats], axis=0) if stats else -np.ones(size)
     high = np.max([s["max"] for s in stats], axis=0) if stats else np.ones(size)
@@ -449,9 +442,10 @@ class Rows:
         column = self.table[key].combine_chunks()
         kind = column.type
         if not (pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)):
+            values = self._numpy(column, key, 1)[:, None]
             if size != 1:
                 raise self.no("E_LENGTH", key, f"{size} values per row", f"one {kind}", EDIT)
-            return self._numpy(column, key, 1)[:, None]
+            return values
         fixed = kind.list_size if pa.types.is_fixed_size_list(kind) else column.value_lengths().fill_null(-1)
         sizes = np.where(column.is_null().to_numpy(zero_copy_only=False), -1, fixed)
         if np.any(wrong := sizes != size):
@@ -496,7 +490,7 @@ def _may_hold(group: pq.RowGroupMetaData, episode: int) -> bool:
     return stats is None or not stats.has_min_max or stats.min <= episode <= stats.max
 
 
-def check_stats(values: Float64[np.ndarray, "m d"], stats: Mapping[str, Any], rows: Rows, key: str) -> None:
+def check_stats(values: Float64[np.ndarray, "m d"], stats: Mapping[str, np.ndarray], rows: Rows, key: str) -> None:
     """Compare an episode with its own statistics; others show that metadata and data have come apart.
 
     Raises:
@@ -507,4 +501,4 @@ def check_stats(values: Float64[np.ndarray, "m d"], stats: Mapping[str, Any], ro
         if not same(actual[name], stats[name]):
             expected = f"{np.asarray(actual[name]).tolist()} as in its rows"
             todo = f"the statistics in meta are of other rows: {OTHERS}"
-            raise rows.no("E_STATS", f"stats/{key}/{name}", expected, f"{stats[name]}", todo)
+            raise rows.no("E_STATS", f"stats/{key}/{name}", expected, f"{stats[name].tolist()}", todo)

@@ -78,7 +78,7 @@ class Entry:
     table: str  # parquet that holds its rows, relative
     first: int | None  # global index of its first row; None: v2.1, where the parquet is its own
     clips: Mapping[str, Clip]  # by feature
-    stats: Mapping[str, Mapping[str, Any]]  # feature -> min, max, count; empty where there are none
+    stats: Mapping[str, Mapping[str, np.ndarray]]  # feature -> min, max, count; empty where there are none
 
 
 def episode_id(index: int) -> str:
@@ -247,22 +247,15 @@ def _rows_v21(root: Path, info: Info, vectors: list[str], broken: list[Rejected]
 
 def _entry_v21(row: MetaRow, index: int, info: Info, vectors: list[str]) -> Entry:
     at = {"episode_index": index, "episode_chunk": index // info.chunks_size}
-    stats = {}
-    if row["stats"] is not None:
-        try:
-            stats = {key: {name: row["stats"][key][name] for name in STATS} for key in vectors}
-        except (KeyError, TypeError):
-            file, expected = row.file.with_name("episodes_stats.jsonl"), f"{', '.join(STATS)} of {', '.join(vectors)}"
-            found, todo = f"{row['stats']!r:.60}", f"{EDIT}, or delete it: dita computes its own statistics"
-            raise Rejected("E_STATS", file, "", "stats", expected, found, todo) from None
+    file = row.file.with_name("episodes_stats.jsonl")
     return Entry(
         index=index,
         length=_length(row),
         tasks=_texts(row, "tasks"),
-        table=fill(info.data_path, row.file, **at),
+        table=table_v21(info, index),
         first=None,
         clips={key: Clip(fill(info.video_path, row.file, **at, video_key=key), 0.0, None) for key in info.videos},
-        stats=stats,
+        stats={} if row["stats"] is None else _stats(row["stats"], vectors, info, file),
     )
 
 
@@ -295,6 +288,7 @@ def _entry_v30(row: MetaRow, index: int, info: Info, vectors: list[str]) -> Entr
         raise Rejected("E_INDEX", row.file, "", "dataset_to_index", f"{length} rows, its length", found, EDIT)
     at = {key: _count(row, f"data/{key}", row.file) for key in ("chunk_index", "file_index")}
     stats = {key: {name: row.get(f"stats/{key}/{name}") for name in STATS} for key in vectors}
+    there = [key for key in vectors if any(values is not None for values in stats[key].values())]
     return Entry(
         index=index,
         length=length,
@@ -302,7 +296,7 @@ def _entry_v30(row: MetaRow, index: int, info: Info, vectors: list[str]) -> Entr
         table=fill(info.data_path, row.file, **at),
         first=first,
         clips={key: _clip(row, key, length, info) for key in info.videos},
-        stats={key: s for key, s in stats.items() if None not in s.values()},
+        stats=_stats(stats, there, info, row.file),
     )
 
 
@@ -314,6 +308,21 @@ def _clip(row: MetaRow, key: str, length: int, info: Info) -> Clip:
         found = f"from {start:.6g} to {stop:.6g} s"
         raise Rejected("E_VIDEO", row.file, "", f"videos/{key}/to_timestamp", expected, found, EDIT)
     return Clip(fill(info.video_path, row.file, **at, video_key=key), start, stop)
+
+
+def _stats(values: Any, vectors: Iterable[str], info: Info, file: Path) -> dict[str, dict[str, np.ndarray]]:
+    found = {}
+    for key in vectors:
+        shapes = {"min": info.features[key].shape, "max": info.features[key].shape, "count": (1,)}
+        try:
+            found[key] = {name: np.asarray(values[key][name], np.float64) for name in STATS}
+            odd = any(found[key][name].shape != shapes[name] for name in STATS)
+        except (KeyError, TypeError, ValueError):
+            odd = True
+        if odd:
+            expected, todo = f"{', '.join(STATS)} of every dim", f"{EDIT}, or delete it: dita computes its own"
+            raise Rejected("E_STATS", file, "", f"stats of {key}", expected, f"{values!r:.60}", todo)
+    return found
 
 
 def find_problems(
@@ -370,15 +379,17 @@ def _overlaps(root: Path, info: Info, entries: Iterable[Entry]) -> dict[int, Rej
 
 def find_orphans(root: Path, info: Info, entries: Mapping[int, Entry], refused: Iterable[int]) -> dict[str, Rejected]:
     """Refuse rows and tables that the metadata do not list: a recorder was killed between the two; by item id."""
-    lengths: dict[str, int] = {}
-    for entry in entries.values():
-        lengths[entry.table] = lengths.get(entry.table, 0) + entry.length
-    top = info.data_path.partition("{")[0].rpartition("/")[0]
     known, orphans = {*entries, *refused}, {}
+    lengths: dict[str, int | None] = {}  # of the tables that need no look
+    for entry in entries.values():
+        lengths[entry.table] = (lengths.get(entry.table) or 0) + entry.length
+    if info.version == "v2.1":  # a table of its own each: reading it tells what is wrong with it
+        lengths = {table_v21(info, index): None for index in known}
+    top = info.data_path.partition("{")[0].rpartition("/")[0]
     for path in sorted((root / top).rglob("*.parquet"), key=lambda p: natural(p.as_posix())):
         name = path.relative_to(root).as_posix()
-        if info.version == "v2.1" and name in lengths:
-            continue  # its own episode's; reading it tells what is wrong with it
+        if name in lengths and lengths[name] is None:
+            continue
         try:
             file = open_parquet(safe_path(root, name), name)
             if file.metadata.num_rows == lengths.get(name):
@@ -392,28 +403,32 @@ def find_orphans(root: Path, info: Info, entries: Mapping[int, Entry], refused: 
         new = [i for i in indices if isinstance(i, int) and i not in known]
         for index in new:
             orphans[episode_id(index)] = _orphan(path, episode_id(index), f"rows of episode_index {index} only here")
-        if not new and name not in lengths:
+        if not new and name not in lengths and not set(indices) & set(refused):
             orphans[name] = _orphan(path, name, f"a table that none of them names, with episodes {indices[:5]}")
     return orphans
+
+
+def table_v21(info: Info, index: int) -> str:
+    """Name the table of an episode in v2.1."""
+    at = {"episode_index": index, "episode_chunk": index // info.chunks_size}
+    return fill(info.data_path, Path(INFO), **at)
 
 
 def _orphan(path: Path, episode: str, found: str) -> Rejected:
     return Rejected("E_INDEX", path, episode, "episode_index", "episodes that meta lists", found, OTHERS)
 
 
-def check_totals(root: Path, info: Info, entries: Mapping[int, Entry], vectors: Iterable[str]) -> None:
-    """Compare a complete list of episodes with the totals in info.json and stats.json.
-
-    Raises:
-        Rejected: E_COUNT or E_STATS.
-    """
+def check_totals(root: Path, info: Info, entries: Mapping[int, Entry], vectors: Iterable[str]) -> dict[str, Rejected]:
+    """Compare a complete list of episodes with the totals in info.json and stats.json; by file, why it is refused."""
+    found: dict[str, Rejected] = {}
     frames = sum(e.length for e in entries.values())
     if frames != info.frames:
-        raise Rejected("E_COUNT", root / INFO, "", "total_frames", f"{info.frames}", f"{frames} in the episodes", EDIT)
-    path = root / "meta/stats.json"
-    if not path.is_file():
-        return
-    stats = _json(safe_path(root, "meta/stats.json").read_bytes(), path)
+        text = f"{frames} in the episodes"
+        found[INFO] = Rejected("E_COUNT", root / INFO, INFO, "total_frames", f"{info.frames}", text, EDIT)
+    name = "meta/stats.json"
+    if not (root / name).is_file():
+        return found
+    stats = _json(safe_path(root, name).read_bytes(), root / name)
     todo = f"{EDIT}, or delete it: dita computes its own statistics"
     for key in vectors:
         whole = stats.get(key)
@@ -424,10 +439,11 @@ def check_totals(root: Path, info: Info, entries: Mapping[int, Entry], vectors: 
         if len(parts) == len(entries):
             expected["min"] = np.min([s["min"] for s in parts], axis=0)
             expected["max"] = np.max([s["max"] for s in parts], axis=0)
-        for name, values in expected.items():
-            if not same(values, whole[name]):
+        for what, values in expected.items():
+            if not same(values, whole[what]):
                 text = f"{np.asarray(values).tolist()} as of its episodes"
-                raise Rejected("E_STATS", path, "", f"{key}.{name}", text, f"{whole[name]}", todo)
+                found[name] = Rejected("E_STATS", root / name, name, f"{key}.{what}", text, f"{whole[what]}", todo)
+    return found
 
 
 def read_tasks(root: Path, info: Info) -> dict[int, str]:
