@@ -30,8 +30,8 @@ from PIL import Image
 
 from dita.cli import main
 from dita.datasets.convert import lerobot
-from dita.datasets.convert.base import Options, Rejected, check, safe_path
-from dita.datasets.convert.lerobot import match_fields, open_source, to_episode
+from dita.datasets.convert.base import Item, Options, Refused, Rejected, check, safe_path
+from dita.datasets.convert.lerobot import Layout, Raw, match_fields, open_source, to_episode
 from dita.datasets.convert.lerobot_meta import Feature, fill
 from dita.datasets.convert.video import read_frames
 from dita.datasets.store import Store
@@ -48,6 +48,8 @@ TASKS = ("pick up the cube", "open the drawer")
 NAMES = ["shoulder.pos", "elbow.pos", "gripper.pos"]
 CAMERA = "observation.images.top"
 DEGREE = math.pi / 180
+TWO_CAMERAS = [{"name": name, "height": H, "width": W, "slot": i} for i, name in enumerate(("top", "wrist"))]
+ITEM = Item("episode_000000", "data/x.parquet", 0)
 
 
 # --- a writer of its own
@@ -356,15 +358,32 @@ def test_joints_are_reordered_by_name_only(tmp_path: Path) -> None:
     assert "observation.state reordered by name: gripper.pos -> gripper" in source.warnings[0]
     feature = Feature("action", "float32", (3,), ("shoulder.pos", "elbow.pos", "wrist.pos"))
     with pytest.raises(Rejected, match=r"E_JOINTS: x: action: expected shoulder, elbow, gripper, found .*missing"):
-        match_fields(arm().action, feature, "action", Path("x"))
+        match_fields(arm().action, feature, "action", None, Path("x"))
     group = embodiment_dict()["action"]  # a group of three and a gripper: names cannot be compared, sizes can
     fields = embodiment_from_dict(embodiment_dict() | {"action": group}).action
-    with pytest.raises(Rejected, match=r"E_JOINTS: .*expected 4 values: delta\[3\], grip\[1\], found 3: shoulder"):
-        match_fields(fields, feature, "action", Path("x"))
+    with pytest.raises(Refused, match=r"E_JOINTS: .*expected delta\[3\], grip\[1\], found 3: shoulder"):
+        match_fields(fields, feature, "action", None, Path("x"))
+
+
+def test_rotations_come_as_the_data_have_them() -> None:
+    pose = [
+        field("hand", "ee_position", 3, 0),
+        field("turn", "ee_rotation_6d", 6, 3),
+        field("g", "gripper_binary", 1, 9),
+    ]
+    spec = embodiment_from_dict(embodiment_dict() | {"state": pose, "action": pose})
+    quaternion = Feature("s", "float32", (8,), ())
+    with pytest.raises(Refused, match=r"E_SCHEMA: .*expected -o quaternion=wxyz or xyzw"):
+        match_fields(spec.state, quaternion, "s", None, Path("x"))
+    order = match_fields(spec.state, quaternion, "s", "xyzw", Path("x"))
+    assert match_fields(spec.state, Feature("s", "float32", (7,), ()), "s", None, Path("x")) == list(range(7))
+    values = np.array([[0.1, 0.2, 0.3, 0.0, 0.0, math.sqrt(0.5), -math.sqrt(0.5), 1.0]])  # -90 degrees about z
+    got = to_episode(Raw({}, values, values, np.zeros(1), "go", None), Layout(spec, {}, order, order, "xyzw"), ITEM)
+    np.testing.assert_allclose(got.state, [[0.1, 0.2, 0.3, 0, -1, 0, 1, 0, 0, 1]], atol=1e-7)
 
 
 def test_the_pure_function_maps_names_and_units() -> None:
-    raw = lerobot.Raw(
+    raw = Raw(
         {"observation.images.a": np.full((2, 4, 4, 3), 7, np.uint8)},
         np.array([[90.0, 50.0], [180.0, 100.0]]), np.array([[1.0], [2.0]]), np.array([0.0, 0.1]), "go", None,
     )  # fmt: skip
@@ -378,10 +397,10 @@ def test_the_pure_function_maps_names_and_units() -> None:
             "action": [field("v", "joint_velocity", 1, 0) | {"scale": 0.5}],
         }
     )
-    got = to_episode(raw, spec, {"a": "observation.images.a"}, {"state": [1, 0], "action": [0]}, "id")
+    got = to_episode(raw, Layout(spec, {"a": "observation.images.a"}, [1, 0], [0], "wxyz"), ITEM)
     np.testing.assert_allclose(got.state, [[0.5, np.pi / 2], [0.0, np.pi]], rtol=1e-6)
     np.testing.assert_allclose(got.action, [[0.5], [1.0]])
-    assert list(got.images) == ["a"] and got.source == "id"
+    assert list(got.images) == ["a"] and got.source == ITEM.id
 
 
 def test_other_feature_names_and_shapes(tmp_path: Path) -> None:
@@ -406,7 +425,7 @@ def test_other_feature_names_and_shapes(tmp_path: Path) -> None:
 
 def test_no_embodiment_is_a_clear_refusal(tmp_path: Path) -> None:
     made = make(tmp_path / "set", "v2.1", "video")
-    with pytest.raises(Rejected) as refusal:
+    with pytest.raises(Refused) as refusal:
         open_source(made.root, None, Options(None, None, {}))
     text = str(refusal.value)
     for part in ("E_SCHEMA", "shoulder.pos, elbow.pos", "top 96x64", "'so100'", "10 Hz", "--embodiment", "write_emb"):
@@ -414,7 +433,7 @@ def test_no_embodiment_is_a_clear_refusal(tmp_path: Path) -> None:
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(("reach", "known"), [(1.0, True), (0.4, False), (30.0, False)])
+@pytest.mark.parametrize(("reach", "known"), [(1.0, True), (0.4, True), (0.01, False), (30.0, False)])
 def test_names_alone_do_not_make_an_embodiment(tmp_path: Path, reach: float, known: bool) -> None:
     made = make(tmp_path / "set", "v2.1", "image")
 
@@ -424,13 +443,17 @@ def test_names_alone_do_not_make_an_embodiment(tmp_path: Path, reach: float, kno
         values["features"]["action"] |= {"shape": [4], "names": ["dx", "dy", "dz", "gripper"]}
 
     edit_info(made.root, sawyer)
+    state = {"min": [0, 0.3, 0.1, 0], "max": [0.1, 0.9, 0.3, 1]}
     stats = [{"min": [-reach, 0, 0, 0], "max": [reach, 0, 0, 0], "count": [n]} for n in LENGTHS]
-    lines = [{"episode_index": i, "stats": {"action": s, "observation.state": s}} for i, s in enumerate(stats)]
+    lines = [
+        {"episode_index": i, "stats": {"action": s, "observation.state": state | {"count": s["count"]}}}
+        for i, s in enumerate(stats)
+    ]
     write_lines(made.root / "meta/episodes_stats.jsonl", lines)
     if known:
         assert open_source(made.root, None, Options(None, None, {})).spec.name == "metaworld_sawyer"
     else:
-        with pytest.raises(Rejected, match=r"E_SCHEMA: .*dx, dy, dz, gripper"):
+        with pytest.raises(Refused, match=r"E_SCHEMA: .*dx, dy, dz, gripper"):
             open_source(made.root, None, Options(None, None, {}))
 
 
@@ -453,14 +476,45 @@ def test_a_skeleton_is_written_once_and_loads(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"control_hz": 30.0}, "E_STAMP: .*30 Hz as in embodiment arm, found 10 Hz"),
-        ({"cameras": [{"name": "wrist", "height": 8, "width": 8, "slot": 0}]}, "E_SCHEMA: .*wrist, found only top"),
-        ({"action": [field("a", "joint_position", 2, 0)]}, r"E_JOINTS: .*action: expected 2 values: a\[2\], found 3"),
+        ({"cameras": TWO_CAMERAS}, "E_SCHEMA: .*expected wrist, found only top"),
+        ({"action": [field("a", "joint_position", 2, 0)]}, r"E_JOINTS: .*action: expected a\[2\], found 3"),
     ],
 )
 def test_an_embodiment_that_does_not_fit(tmp_path: Path, changes: dict, message: str) -> None:
     made = make(tmp_path / "set", "v3.0", "image")
     with pytest.raises(Rejected, match=message):
         opened(made.root, arm(**changes))
+
+
+def test_aloha_is_known_by_its_joints(tmp_path: Path) -> None:
+    made = make(tmp_path / "set", "v2.1", "image")
+
+    def aloha(values: dict) -> None:
+        values["robot_type"] = "aloha"
+        for key in ("observation.state", "action"):
+            values["features"][key] |= {"shape": [14], "names": {"motors": list(lerobot.ARMS)}}
+
+    edit_info(made.root, aloha)
+    for unit, known in ((1.0, True), (1 / DEGREE, False)):
+        stats = {"min": [-0.5 * unit] * 6 + [0] + [-0.5 * unit] * 6 + [0], "max": [unit] * 6 + [1] + [unit] * 6 + [1]}
+        lines = [
+            {"episode_index": i, "stats": dict.fromkeys(("action", "observation.state"), stats | {"count": [n]})}
+            for i, n in enumerate(LENGTHS)
+        ]
+        write_lines(made.root / "meta/episodes_stats.jsonl", lines)
+        if known:
+            spec = open_source(made.root, None, Options(None, None, {})).spec
+            assert (spec.name, spec.control_hz, [c.name for c in spec.cameras]) == ("aloha", FPS, ["top"])
+        else:
+            with pytest.raises(Refused, match=r"E_SCHEMA: .*left_waist"):
+                open_source(made.root, None, Options(None, None, {}))
+
+
+def test_the_only_camera_goes_by_any_name(tmp_path: Path) -> None:
+    made = make(tmp_path / "set", "v3.0", "image")
+    for name in ("front", "top", CAMERA):
+        source = opened(made.root, arm(cameras=[{"name": name, "height": H, "width": W, "slot": 0}]))
+        np.testing.assert_array_equal(source.read(source.items()[0]).images[name], made.frames[0])
 
 
 # --- what is wrong: (mutation, the episodes it costs -> code, part of the text)
@@ -588,7 +642,7 @@ FAULTS: list[tuple[str, tuple[str, ...], str, Mutation, dict[int, str], str]] = 
     ("no action", ("v3.0",), "image", lambda r: edit_table(data(r, 0), lambda t: t.drop_columns(["action"])),
      {0: "E_KEY", 1: "E_KEY"}, "action"),
     ("strings", ("v2.1",), "image", lambda r: edit_table(data(r, 0), lambda t: t.set_column(
-        t.column_names.index("action"), "action", pa.array(["left"] * len(t)))), {0: "E_DTYPE"}, "expected numbers, found string"),
+        t.column_names.index("action"), "action", pa.array(["left"] * len(t)))), {0: "E_DTYPE"}, "found string"),
     ("scalars", ("v2.1",), "image", lambda r: edit_table(data(r, 0), lambda t: t.set_column(
         t.column_names.index("action"), "action", pa.array([1.0] * len(t)))), {0: "E_LENGTH"}, "3 values per row"),
     ("wide", ("v2.1",), "image", lambda r: edit_table(data(r, 0), lambda t: t.set_column(

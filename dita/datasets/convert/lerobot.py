@@ -27,11 +27,15 @@ from jaxtyping import Float64, UInt8
 from dita.datasets.convert.base import (
     Item,
     Options,
+    Refused,
     Rejected,
+    assemble,
     check_size,
     fit_spec,
+    match_cameras,
     refuse_to_guess,
     reorder,
+    rotation_columns,
     safe_path,
     to_si,
 )
@@ -62,13 +66,17 @@ from dita.types import EmbodimentSpec, Episode, FieldSpec
 OPTIONS = {
     "action": "feature that holds the actions (default: action)",
     "state": "feature that holds the state (default: observation.state)",
+    "quaternion": "order of quaternions, where there are any: wxyz or xyzw",
     "tolerance": "seconds between a row and its video frame (default: 1e-4, as lerobot)",
     "write_embodiment": "write a file to edit for --embodiment, made from the features, and stop",
 }
 SUCCESS = "next.success"
-# what robot_type and names can stand for; the values must bear it out, see `infer`
+ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
+ARMS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in ARM)
+# (robot_type, names of the state, of the action) -> what they can stand for; the values must bear it out, see `infer`
 KNOWN: dict[tuple[str, tuple[str, ...], tuple[str, ...]], str] = {
     ("sawyer", ("x", "y", "z", "gripper"), ("dx", "dy", "dz", "gripper")): "metaworld_sawyer",
+    ("aloha", ARMS, ARMS): "aloha",
 }
 
 
@@ -84,21 +92,28 @@ class Raw:
     success: bool | None
 
 
-def to_episode(
-    raw: Raw, spec: EmbodimentSpec, cameras: Mapping[str, str], order: Mapping[str, list[int]], source: str
-) -> Episode:
-    """Turn what LeRobot stores into an episode of `spec`: named cameras, joints in the embodiment's order, SI.
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of an embodiment lie in the data."""
 
-    `cameras`: camera -> feature; `order`: "state" and "action" -> index in the data of each of the embodiment's dims.
-    """
+    spec: EmbodimentSpec
+    cameras: Mapping[str, str]  # name -> feature
+    state: list[int]  # index in the data of each column that makes the embodiment's state
+    action: list[int]
+    quaternion: str  # order, where there are any
+
+
+def to_episode(raw: Raw, layout: Layout, item: Item) -> Episode:
+    """Turn what LeRobot stores into an episode of an embodiment: named cameras, joints in its order, SI."""
+    state, action = raw.state[:, layout.state], raw.action[:, layout.action]
     return Episode(
-        images={camera: raw.images[key] for camera, key in cameras.items()},
-        state=to_si(raw.state[:, order["state"]], spec.state),
-        action=to_si(raw.action[:, order["action"]], spec.action),
+        images={camera: raw.images[key] for camera, key in layout.cameras.items()},
+        state=assemble(state, layout.spec.state, layout.quaternion, item.file, "state"),
+        action=assemble(action, layout.spec.action, layout.quaternion, item.file, "action"),
         stamp=raw.stamp,
         instruction=raw.task,
         success=raw.success,
-        source=source,
+        source=item.id,
     )
 
 
@@ -153,7 +168,7 @@ class LeRobotSource:
         """
         if problem := self._files.get(item.id) or self._refused.get(int(item.key)):
             raise problem
-        return to_episode(self.read_raw(int(item.key)), self.spec, self.cameras, self._order, item.id)
+        return to_episode(self.read_raw(int(item.key)), self.layout, item)
 
     def close(self) -> None:
         """Do nothing: files are open only while an episode is read."""
@@ -161,7 +176,7 @@ class LeRobotSource:
     def read_raw(self, index: int) -> Raw:
         """Read one listed episode in the source's own units; see `read` for what is raised."""
         entry, features = self.entries[index], self.info.features
-        pictures = [features[key] for key in self.cameras.values()]
+        pictures = [features[key] for key in self.layout.cameras.values()]
         wanted = [*COUNTERS, *self._vectors, *(f.key for f in pictures if f.dtype == "image")]
         rows = Rows(self.root, entry, [*wanted, *([SUCCESS] if SUCCESS in features else [])])
         rows.check_counters(self.info.fps, self._tolerance)
@@ -207,29 +222,32 @@ class LeRobotSource:
 
     def _fit(self, given: EmbodimentSpec | None) -> None:
         """Find the embodiment, its cameras and the order of its dims."""
-        where, features = self.root / INFO, self.info.features
+        where, features, extra = self.root / INFO, self.info.features, self._options.extra
         if self.keys["action"] not in features:
             todo = "name the feature that holds them: -o action=KEY"
-            raise Rejected("E_KEY", where, "", "features", self.keys["action"], ", ".join(features), todo)
+            raise Refused("E_KEY", where, "", "features", self.keys["action"], f"only {', '.join(features)}", todo)
+        colour = [f.key for f in features.values() if f.dtype in ("image", "video") and f.shape[2] == 3]
         wanted = {c.name for c in given.cameras} if given else set()
-        pictures = [f for f in features.values() if f.dtype in ("image", "video")]
-        colour = {(f.key if f.key in wanted else camera_name(f.key)): f for f in pictures if f.shape[2] == 3}
-        if target := self._options.extra.get("write_embodiment"):
-            self._write_embodiment(Path(target), colour)
+        short = {(key if key in wanted else camera_name(key)): key for key in colour}
+        cameras = {name: short[key] for name, key in match_cameras(given, list(short)).items()}
+        if target := extra.get("write_embodiment"):
+            self._write_embodiment(Path(target), {name: features[key] for name, key in cameras.items()})
         spec = given or infer(self.info, self.entries.values(), self.keys, where)
-        sizes = {name: (f.shape[0], f.shape[1]) for name, f in colour.items()}
+        sizes = {name: (features[key].shape[0], features[key].shape[1]) for name, key in cameras.items()}
         self.spec, notes = fit_spec(spec, sizes, self.info.fps, given=given is not None, file=where)
-        self.cameras = {c.name: colour[c.name].key for c in self.spec.cameras}
-        self._order = {}
+        order = {}
         for group, fields in (("state", spec.state), ("action", spec.action)):
             key = self.keys[group]
-            self._order[group] = order = match_fields(fields, features.get(key), key, where)
-            if order != sorted(order):
-                moved = ", ".join(f"{features[key].names[i]} -> {f.name}" for i, f in zip(order, fields, strict=True))
+            order[group] = match_fields(fields, features.get(key), key, extra.get("quaternion"), where)
+            if order[group] != sorted(order[group]):
+                pairs = zip(order[group], fields, strict=True)
+                moved = ", ".join(f"{features[key].names[i]} -> {field.name}" for i, field in pairs)
                 notes.append(f"{key} reordered by name: {moved}")
-        self.warnings += [*notes, *self._left_out({f.key for f in colour.values()})]
+        names = {c.name: cameras[c.name] for c in self.spec.cameras}
+        self.layout = Layout(self.spec, names, **order, quaternion=extra.get("quaternion", "wxyz"))
+        self.warnings += [*notes, *self._left_out(set(colour))]
         if given is None:
-            self.warnings.append(f"embodiment {spec.name}: by robot_type, names and range of the actions")
+            self.warnings.append(f"embodiment {spec.name}: by robot_type, names and range of the values")
 
     def _left_out(self, colour: set[str]) -> Iterator[str]:
         used = {*self.keys.values(), *colour, *COUNTERS, SUCCESS}
@@ -265,42 +283,60 @@ def _tolerance(options: Options) -> float:
 def infer(info: Info, entries: Iterable[Entry], keys: Mapping[str, str], file: Path) -> EmbodimentSpec:
     """Return the shipped embodiment that robot_type, names and values stand for.
 
-    LeRobot names dims but no units. Commands that reach exactly 1 and never more are the clipped ones of a normalised
-    action space; metres would not stop there.
+    LeRobot names dims but no units. Degrees, or a normalised command, would leave the limits of the embodiment or fill
+    a small part of them only.
 
     Raises:
-        Rejected: E_SCHEMA: it cannot be told; says what the data hold.
+        Refused: E_SCHEMA: it cannot be told; says what the data hold.
     """
     names = {group: info.features[key].names if key in info.features else () for group, key in keys.items()}
-    known = KNOWN.get((info.robot_type, names["state"], names["action"]))
-    stats = [s for e in entries if (s := e.stats.get(keys["action"]))]
-    if known and stats and max(np.abs([s["min"], s["max"]]).max() for s in stats) == 1:
-        return load_embodiment(known)
+    stats = {group: [s for e in entries if (s := e.stats.get(key))] for group, key in keys.items()}
+    if known := KNOWN.get((info.robot_type, names["state"], names["action"])):
+        spec = load_embodiment(known)
+        if _borne_out(spec.state, stats["state"]) and _borne_out(spec.action, stats["action"]):
+            return spec
     shown = [f"{key}: {', '.join(names[group]) or 'no names'}" for group, key in keys.items()]
     cameras = [f for f in info.features.values() if f.dtype in ("image", "video")]
     shown += ["cameras: " + (", ".join(f"{camera_name(f.key)} {f.shape[1]}x{f.shape[0]}" for f in cameras) or "none")]
     shown += [f"robot_type {info.robot_type!r}", f"{info.fps:g} Hz"]
     refusal = refuse_to_guess("lerobot", file, {"kinds, units and frames": "; ".join(shown)})
     todo = f"{refusal.todo}; -o write_embodiment=FILE writes one for this data set, to edit"
-    raise Rejected(**{**refusal.fields(), "todo": todo})
+    raise Refused(**{**refusal.fields(), "todo": todo})
 
 
-def match_fields(fields: tuple[FieldSpec, ...], feature: Feature | None, key: str, file: Path) -> list[int]:
-    """Return for each dim of the embodiment its index in the data: by name where both name single joints.
+def _borne_out(fields: tuple[FieldSpec, ...], stats: Sequence[Mapping[str, np.ndarray]]) -> bool:
+    """Say whether the values lie in the fields' limits, up to a tenth of their range, and use a tenth of one."""
+    if not stats:
+        return False
+    extremes = np.stack([np.min([s["min"] for s in stats], axis=0), np.max([s["max"] for s in stats], axis=0)])
+    values = to_si(extremes, fields)
+    low, high = (np.concatenate([getattr(f, name) for f in fields]) for name in ("low", "high"))
+    slack = 0.1 * (high - low)
+    return bool(np.all((values > low - slack) & (values < high + slack)) and np.any(np.ptp(values, axis=0) > slack))
+
+
+def match_fields(
+    fields: tuple[FieldSpec, ...], feature: Feature | None, key: str, quaternion: str | None, file: Path
+) -> list[int]:
+    """Return for each column that the embodiment takes its index in the data: by name where both name single joints.
 
     Raises:
-        Rejected: E_JOINTS: another number of dims, or names that overlap without being the same.
+        Refused: E_JOINTS: another number of columns; E_SCHEMA: quaternions of an unknown order.
+        Rejected: E_JOINTS: names that overlap without being the same.
     """
-    size = sum(f.size for f in fields)
     names, found = (feature.names, feature.shape[0]) if feature else ((), 0)
-    ours, theirs = [_plain(f.name) for f in fields], [_plain(n) for n in names]
-    if size != found:
-        expected = f"{size} values: {', '.join(f'{f.name}[{f.size}]' for f in fields) or 'none'}"
+    width = rotation_columns(found, fields)
+    if width is None:
+        expected = f"{', '.join(f'{f.name}[{f.size}]' for f in fields) or 'none'}"
         todo = "correct the embodiment's fields, or -o state=KEY, -o action=KEY"
-        raise Rejected("E_JOINTS", file, "", key, expected, f"{found}: {', '.join(names) or 'no names'}", todo)
+        raise Refused("E_JOINTS", file, "", key, expected, f"{found}: {', '.join(names) or 'no names'}", todo)
+    if width == 4 and quaternion not in ("wxyz", "xyzw"):
+        todo = "look it up where the data come from"
+        raise Refused("E_SCHEMA", file, "", key, "-o quaternion=wxyz or xyzw", f"{quaternion}", todo)
+    ours, theirs = [_plain(f.name) for f in fields], [_plain(n) for n in names]
     if all(f.size == 1 for f in fields) and set(ours) & set(theirs):
         return reorder(ours, theirs, file, key)
-    return list(range(size))
+    return list(range(found))
 
 
 def skeleton(info: Info, entries: Sequence[Entry], keys: Mapping[str, str], cameras: Mapping[str, Feature]) -> str:

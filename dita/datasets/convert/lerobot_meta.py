@@ -97,7 +97,10 @@ def read_info(root: Path) -> Info:
     """
     if not root.exists():
         raise FileNotFoundError(f"{root} does not exist")
-    path = safe_path(root, INFO)
+    try:
+        path = safe_path(root, INFO)
+    except Rejected as e:  # a Hugging Face cache is a tree of links
+        raise Rejected(**{**e.fields(), "todo": f"{e.todo}: copy the data set with cp -rL"}) from None
     if not path.is_file():
         inside = sorted(p.parent.parent for p in root.glob(f"*/{INFO}"))
         todo = f"give {inside[0]}" if inside else "give the folder of a LeRobot data set"
