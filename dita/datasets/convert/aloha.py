@@ -118,7 +118,7 @@ class AlohaSource:
     def read(self, item: Item) -> Episode:
         """Read one file."""
         path = self._root if self._root.is_file() else self._root / item.file
-        with hdf5.open_file(path, self._root) as file:
+        with hdf5.refused_when_damaged(path), hdf5.open_file(path, self._root) as file:
             action = hdf5.dataset(file, "action", "fiu", 2)
             qpos = hdf5.dataset(file, "observations/qpos", "fiu", 2)
             parts = {"action": action, "observations/qpos": qpos}
@@ -162,14 +162,14 @@ class AlohaSource:
         compressed, refused = False, None
         for path in self._files:
             try:
-                with hdf5.open_file(path, self._root) as file:
+                with hdf5.refused_when_damaged(path), hdf5.open_file(path, self._root) as file:
                     shapes = [hdf5.member(file, key, h5py.Dataset).shape for key in ("observations/qpos", "action")]
                     others |= {f"observations/{key}" for key in hdf5.names(hdf5.group(file, "observations"))}
                     base = hdf5.member(file, "base_action", h5py.Dataset).shape if "base_action" in file else (0, 0)
                     images = hdf5.group(file, "observations/images") if _has_images(file) else None
                     found = {key: _frame_size(images, key) for key in hdf5.names(images)} if images is not None else {}
-                dims[tuple(shape[-1] for shape in (*shapes, base))] += 1
-            except (Rejected, IndexError, TypeError) as e:  # odd shapes come back when the file is read
+                    dims[tuple(shape[-1] if shape else 0 for shape in (*shapes, base))] += 1
+            except Rejected as e:  # comes back when the file is read
                 refused = refused or e
                 continue
             for key, (height, width, jpeg) in found.items():

@@ -49,6 +49,7 @@ RATIO_FROM = 256 * 2**20  # bytes; smaller arrays do no harm
 MAX_FRAMES = 10**7  # per episode
 BLANK_SHARE = 0.05  # of an episode's frames
 MIN_FRAMES = 2
+POLARITY_FRAMES = 20  # that a gripper's command and state must have in common to be compared
 PATH_TODO = "remove it from the input; nothing outside the input folder is read"
 
 
@@ -512,10 +513,11 @@ def _check_polarity(episode: Episode, spec: EmbodimentSpec, item: Item) -> None:
         return
     for (state, here), (action, there) in zip(states, actions, strict=True):
         position, command = episode.state[:, here.start], episode.action[:, there.start]
-        delays = range(1, min(len(command) // 2, max(2, round(spec.control_hz / 2))))
-        likeness = [_correlation(command[:-k], position[k:]) for k in delays]
-        if likeness and max(likeness) < -0.5:
-            found = f"correlation {max(likeness):.2f}"
+        # chance alone makes short ones look alike
+        delays = range(min(len(command) - POLARITY_FRAMES, round(spec.control_hz / 2) + 1))
+        likeness = [_correlation(command[: len(command) - k], position[k:]) for k in delays]
+        if likeness and min(likeness) < -0.7 and max(likeness) < 0.3:
+            found = f"correlation {min(likeness):.2f}"
             todo = "1 is open in both: turn the sign of one gripper's scale in the embodiment"
             raise reject("E_POLARITY", item, f"action.{action.name}", f"{state.name} to follow it", found, todo)
 

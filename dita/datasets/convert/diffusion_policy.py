@@ -299,16 +299,16 @@ def decode(stored: bytes, codec: Mapping[str, Any] | None, size: int) -> bytes:
     if name == "zstd":
         with zstandard.ZstdDecompressor().stream_reader(stored) as reader:
             return reader.read(size + 1)
+    stream: Any
     if name in ("zlib", "gzip"):
         stream = zlib.decompressobj(wbits=47)
-        data = stream.decompress(stored, size + 1)
-        if not stream.eof and len(data) <= size:
-            raise EOFError("the stream ends early")
-        return data
-    if name == "bz2":
-        return bz2.BZ2Decompressor().decompress(stored, size + 1)
-    assert name == "lzma"
-    return lzma.LZMADecompressor(memlimit=2**28).decompress(stored, size + 1)
+    else:
+        assert name in ("bz2", "lzma"), name
+        stream = bz2.BZ2Decompressor() if name == "bz2" else lzma.LZMADecompressor(memlimit=2**28)
+    data = stream.decompress(stored, size + 1)
+    if not stream.eof and len(data) <= size:
+        raise EOFError("the stream ends early")
+    return data
 
 
 class _Folder:

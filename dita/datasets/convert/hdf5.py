@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,18 @@ def open_file(path: Path, root: Path) -> h5py.File:
         code = "E_TRUNCATED" if cut else "E_SCHEMA" if signature != SIGNATURE else "E_CHECKSUM"
         found = str(e) if signature == SIGNATURE else f"a file that begins with {signature!r}"
         raise Rejected(code, path, "", "", "an HDF5 file", found, RESTORE) from None
+
+
+@contextmanager
+def refused_when_damaged(path: Path) -> Iterator[None]:
+    """Turn what h5py says about a damaged file into E_CHECKSUM."""
+    try:
+        yield
+    except Rejected:
+        raise
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, OverflowError) as e:
+        found = f"{type(e).__name__}: {e}"
+        raise Rejected("E_CHECKSUM", path, "", "", "a readable HDF5 file", found, RESTORE) from None
 
 
 def group(parent: h5py.Group, name: str) -> h5py.Group:

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,41 @@ class Layout:
     action_dim: int
     upside_down: bool
     skipped: tuple[str, ...]  # obs keys that are no frames and no vectors
+
+
+@dataclass
+class Seen:
+    """Counts of what the demos have, for the layout."""
+
+    env: dict[str, Any] = dataclass_field(default_factory=dict)
+    upside_down: bool = False
+    refused: Rejected | None = None  # the first one
+    columns: Counter = dataclass_field(default_factory=Counter)  # of actions
+    keys: dict[str, Counter] = dataclass_field(default_factory=dict)  # obs key -> (shape of a frame, NumPy kind)
+
+    def add(self, demo: h5py.Group) -> None:
+        """Count one demo."""
+        actions = hdf5.member(demo, "actions", h5py.Dataset)
+        obs = hdf5.group(demo, "obs")
+        self.columns[int(np.prod((actions.shape or ())[1:]))] += 1
+        for key in hdf5.names(obs):
+            shape, kind = _shape(obs, key)
+            self.keys.setdefault(key, Counter())[shape[1:], kind] += 1
+
+    def layout(self) -> Layout:
+        """Return what at least half of the demos have."""
+        if not self.columns:
+            assert self.refused is not None
+            raise self.refused
+        demos = self.columns.total()
+        usual = {key: seen.most_common(1)[0][0] for key, seen in self.keys.items() if 2 * seen.total() >= demos}
+        cameras = {
+            k: shape[:2] for k, (shape, kind) in usual.items() if len(shape) == 3 and shape[2] == 3 and kind == "u"
+        }
+        vectors = {k: int(np.prod(shape)) for k, (shape, kind) in usual.items() if len(shape) < 2 and kind in "fiub"}
+        skipped = tuple(self.keys.keys() - cameras.keys() - vectors.keys())
+        cameras = {key: cameras[key] for key in sorted(cameras, key=natural)}
+        return Layout(self.env, cameras, vectors, self.columns.most_common(1)[0][0], self.upside_down, skipped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +181,8 @@ class RobomimicSource:
         for path in self._files:
             name = self._name(path)
             try:
-                demos, splits, masks = self._contents(path)
+                with hdf5.refused_when_damaged(path):
+                    demos, splits, masks = self._contents(path)
             except Rejected:
                 items.append(Item(padded(name), name, ""))
                 continue
@@ -162,6 +199,10 @@ class RobomimicSource:
     def read(self, item: Item) -> Episode:
         """Read one demo."""
         path = self._root if self._root.is_file() else self._root / item.file
+        with hdf5.refused_when_damaged(path):
+            return self._read(path, item)
+
+    def _read(self, path: Path, item: Item) -> Episode:
         file = self._file(path)
         data = hdf5.group(file, "data")
         if item.key == "":
@@ -212,54 +253,31 @@ class RobomimicSource:
         if not demos:
             raise Rejected("E_EMPTY", path, "", "data", "demos", "none", "remove the file")
         masks: dict[str, set[str]] = {}
-        if "mask" in file:
-            group = hdf5.group(file, "mask")
-            for label in hdf5.names(group):
-                members = hdf5.read(hdf5.dataset(group, label, "SO", 1))
-                masks[label] = {n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in members}
+        for label in hdf5.names(hdf5.group(file, "mask")) if "mask" in file else []:
+            members = hdf5.read(hdf5.dataset(file, f"mask/{label}", "SO", 1))
+            masks[label] = {n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in members}
         return demos, {d: label for label in SPLITS for d in sorted(masks.get(label, ()))}, masks
 
     def _survey(self) -> Layout:
-        """Look at every demo's keys and shapes, none of its values."""
-        env: dict[str, Any] = {}
-        cameras: dict[str, Counter] = {}
-        low_dim: dict[str, Counter] = {}
-        action_dims: Counter = Counter()
-        skipped: set[str] = set()
-        upside_down, refused = False, None
+        """Look at every demo's keys and shapes, none of its values; what most demos have is what all must have."""
+        seen = Seen()
         for path in self._files:
             try:
-                demos, _, _ = self._contents(path)
+                with hdf5.refused_when_damaged(path):
+                    demos, _, _ = self._contents(path)
+                    data = hdf5.group(self._file(path), "data")
+                    seen.env = seen.env or _json(data.attrs.get("env_args"))
+                    seen.upside_down |= _text(data.attrs.get("macros_image_convention")) == "opengl"
             except Rejected as e:
-                refused = refused or e
+                seen.refused = seen.refused or e
                 continue
-            data = hdf5.group(self._file(path), "data")
-            env = env or _json(data.attrs.get("env_args"))
-            upside_down |= _text(data.attrs.get("macros_image_convention")) == "opengl"
             for name in demos:
                 try:
-                    demo = hdf5.group(data, name)
-                    actions = hdf5.member(demo, "actions", h5py.Dataset)
-                    obs = hdf5.group(demo, "obs")
+                    with hdf5.refused_when_damaged(path):
+                        seen.add(hdf5.group(data, name))
                 except Rejected as e:
-                    refused = refused or e
-                    continue
-                action_dims[int(np.prod((actions.shape or ())[1:]))] += 1
-                for key in hdf5.names(obs):
-                    shape, kind = _shape(obs, key)
-                    if len(shape) == 4 and shape[3] == 3 and kind == "u":
-                        cameras.setdefault(key, Counter())[shape[1:3]] += 1
-                    elif len(shape) in (1, 2) and kind in "fiub":
-                        low_dim.setdefault(key, Counter())[int(np.prod(shape[1:]))] += 1
-                    else:
-                        skipped.add(key)
-        if not action_dims:
-            assert refused is not None
-            raise refused
-        sizes = {key: cameras[key].most_common(1)[0][0] for key in sorted(cameras, key=natural)}
-        vectors = {key: counts.most_common(1)[0][0] for key, counts in low_dim.items()}
-        columns = action_dims.most_common(1)[0][0]
-        return Layout(env, sizes, vectors, columns, upside_down, tuple(skipped - sizes.keys() - vectors.keys()))
+                    seen.refused = seen.refused or e
+        return seen.layout()
 
     def _rate(self, layout: Layout, embodiment: EmbodimentSpec | None) -> float:
         declared = layout.env.get("env_kwargs", {}).get("control_freq")
