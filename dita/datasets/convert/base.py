@@ -457,6 +457,9 @@ def check(episode: Episode, spec: EmbodimentSpec, item: Item) -> list[str]:
         found = f"{len(episode.stamp)}"
         raise reject("E_EMPTY", item, "", f"at least {MIN_FRAMES} frames", found, "remove the episode")
     assert episode.source == item.id, (episode.source, item.id)
+    for group, fields, values in (("state", spec.state, episode.state), ("action", spec.action, episode.action)):
+        for field, here, _ in slices(fields):
+            _check_finite(values[:, here], f"{group}.{field.name}", item)
     try:
         check_episode(episode, spec)
     except StoreError as e:
@@ -473,7 +476,15 @@ def check(episode: Episode, spec: EmbodimentSpec, item: Item) -> list[str]:
 
 def _from_store(error: StoreError, item: Item) -> Rejected:
     text = str(error).removeprefix(f"{error.code}: ").removeprefix(f"episode {item.id!r}: ")
-    return reject(error.code, item, "", "what a store takes", text, "correct or remove the episode")
+    return reject(error.code, item, "", "what a store takes", text, "correct or remove it")
+
+
+def _check_finite(values: Float[np.ndarray, "m d"], key: str, item: Item) -> None:
+    bad = ~np.isfinite(values)
+    if bad.any():
+        frame, dim = np.argwhere(bad)[0].tolist()
+        found = f"{values[frame, dim]} at frame {frame} ({bad.any(axis=1).mean():.1%} of frames)"
+        raise reject("E_VALUE", item, f"{key}[{dim}]", "finite values", found, "correct or remove the episode")
 
 
 def _check_range(values: Float[np.ndarray, "m d"], field: FieldSpec, key: str, item: Item) -> list[str]:

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -95,6 +95,10 @@ def convert(config: ConvertConfig) -> Tally:
         ValueError: an unknown source or option, no embodiment, or nothing was written.
         StoreError: E_LOCKED, E_NOSPACE: finished episodes are kept, `--resume` goes on.
     """
+    if config.ray is not None:  # tasks work in other folders
+        given = config.embodiment
+        file = given if given is None or not Path(given).is_file() else str(Path(given).absolute())
+        config = replace(config, path=config.path.absolute(), out=config.out.absolute(), embodiment=file)
     if config.exist == "error" and config.out.exists():
         raise FileExistsError(f"{config.out} exists; --resume continues it, --overwrite deletes it first")
     try:
@@ -155,7 +159,7 @@ class Reader:
     """Lives in a worker process: opens the input once and reads one episode after the other."""
 
     def __init__(self, config: ConvertConfig) -> None:
-        self._source = open_input(config)
+        self._source, self._path = open_input(config), config.path
         self._source.warnings.clear()  # the driver has them already
 
     def read(self, item: Item) -> Outcome:
@@ -164,14 +168,22 @@ class Reader:
             episode = self._source.read(item)
             warnings = check(episode, self._source.spec, item)
         except Rejected as e:
-            return Outcome(None, e if e.episode else Rejected(**(e.fields() | {"episode": item.id})))
+            return Outcome(None, self._complete(e, item))
         except Exception as e:  # whatever a format's library says about a damaged file
             log.debug("%s", item.id, exc_info=True)
             todo = "restore the file from a copy, or remove it"
-            return Outcome(None, reject("E_READ", item, "", "a readable episode", f"{type(e).__name__}: {e}", todo))
+            rejected = reject("E_READ", item, "", "a readable episode", f"{type(e).__name__}: {e}", todo)
+            return Outcome(None, self._complete(rejected, item))
         warnings += self._source.warnings
         self._source.warnings.clear()
         return Outcome(episode, None, content_hash(episode), tuple(warnings))
+
+    def _complete(self, rejected: Rejected, item: Item) -> Rejected:
+        """Name the episode and the whole path of its file."""
+        fields = rejected.fields() | {"episode": rejected.episode or item.id}
+        if rejected.file == item.file:
+            fields["file"] = str(self._path if self._path.is_file() else self._path / item.file)
+        return Rejected(**fields)
 
     def close(self) -> None:
         """Close the input."""
