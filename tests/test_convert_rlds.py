@@ -366,7 +366,7 @@ def flags(n: int, *steps: int) -> np.ndarray:
 
 
 CASES: dict[str, tuple[dict, str, str]] = {
-    "is_last missing": ({"steps/is_last": None}, "E_SCHEMA", "steps/is_last"),
+    "is_last missing": ({"steps/is_last": None}, "E_KEY", "steps/is_last"),
     "is_last never": ({"steps/is_last": flags(6)}, "E_SCHEMA", "True at step 5 of 6 only, found at"),
     "is_last early": ({"steps/is_last": flags(6, 3)}, "E_SCHEMA", r"found at \[3\]"),
     "two episodes in one": ({"steps/is_last": flags(6, 2, 5)}, "E_SCHEMA", r"found at \[2, 5\]"),
@@ -386,10 +386,10 @@ CASES: dict[str, tuple[dict, str, str]] = {
     "not divisible": ({"steps/action": np.zeros(23)}, "E_SCHEMA", "a multiple of 4 values"),
     "too short": ({"steps/action": np.zeros((5, 4))}, "E_LENGTH", "action 5"),
     "too few frames": ({"steps/observation/image": pictures(4, 0)}, "E_LENGTH", "image 4"),
-    "key missing": ({"steps/observation/state": None}, "E_SCHEMA", "steps/observation/state"),
-    "camera missing": ({"steps/observation/image": None}, "E_SCHEMA", "steps/observation/image"),
-    "bytes for numbers": ({"steps/action": [b"x"] * 6}, "E_SCHEMA", "a bytes list"),
-    "numbers for pictures": ({"steps/observation/image": np.arange(6)}, "E_SCHEMA", "a list of numbers"),
+    "key missing": ({"steps/observation/state": None}, "E_KEY", "steps/observation/state"),
+    "camera missing": ({"steps/observation/image": None}, "E_KEY", "steps/observation/image"),
+    "bytes for numbers": ({"steps/action": [b"x"] * 6}, "E_DTYPE", "a bytes list"),
+    "numbers for pictures": ({"steps/observation/image": np.arange(6)}, "E_DTYPE", "a list of numbers"),
     "picture cut": ({"steps/observation/image": [p[:-60] for p in pictures(6, 0)]}, "E_SCHEMA", "picture"),
     "no picture": ({"steps/observation/image": [b"GIF89a"] * 6}, "E_SCHEMA", "JPEG or PNG"),
     "empty picture": ({"steps/observation/image": [b""] * 6}, "E_SCHEMA", "JPEG or PNG"),
@@ -528,11 +528,25 @@ def test_what_cannot_be_inferred_is_refused(tmp_path: Path) -> None:
     robot = spec(action=[field("joints", "joint_position", 7, 0)])
     assert "joints[7]" in str(read_all(root, robot)[0]) and codes(read_all(root, robot)) == ["E_SCHEMA"]
     with pytest.raises(Rejected, match=r"E_SCHEMA.*cameras.*wrist"):
-        rlds.open_source(root, spec(cameras=[{"name": "wrist", "height": 1, "width": 1, "slot": 0}]), options())
+        two = [{"name": n, "height": 1, "width": 1, "slot": i} for i, n in enumerate(("image", "wrist"))]
+        rlds.open_source(root, spec(cameras=two), options())
     with pytest.raises(ValueError, match="no transform 'nope'"):
         rlds.open_source(root, spec(), options(transform="nope"))
     with pytest.raises(Rejected, match=r"E_EMPTY.*train"):
         rlds.open_source(root, spec(), options(split="test"))
+
+
+def test_the_only_camera_needs_no_name_and_quaternions_need_an_order(tmp_path: Path) -> None:
+    quaternion = np.tile([0.0, 0.0, 0.6, 0.8], (6, 1))
+    root = write(tmp_path / "d", [episode(6, 0, **{"steps/observation/state": quaternion})])
+    front = [{"name": "front", "height": 1, "width": 1, "slot": 0}]
+    turn = {**field("turn", "ee_rotation_6d", 6, 3), "unit": "1"}
+    robot = spec(cameras=front, state=[turn])
+    assert "-o quaternion=" in str(read_all(root, robot)[0])
+    (found,) = read_all(root, robot, quaternion="xyzw")
+    assert found.images.keys() == {"front"}
+    matrix = Rotation.from_quat([0, 0, 0.6, 0.8]).as_matrix()
+    assert np.allclose(found.state[3], np.concatenate([matrix[:, 0], matrix[:, 1]]))
 
 
 def test_several_datasets_in_a_folder_are_refused(tmp_path: Path) -> None:
@@ -579,7 +593,7 @@ def random_raw(transform: oxe.Transform, n: int = 7) -> dict[str, np.ndarray]:
     return {name: rng.uniform(0.05, 0.5, (n, width)).astype(np.float32) for name, width in transform.needs.items()}
 
 
-SIZES = {"position_delta": (2, 3), "rotation_delta": (3,), "rotation": (6,), "gripper": (1,), "position": (2, 3)}
+SIZES = {"ee_delta": (2, 3), "rotation_delta": (3,), "ee_rotation": (6,), "gripper": (1,), "ee_position": (2, 3)}
 
 
 @pytest.mark.parametrize("name", oxe.TRANSFORMS)
@@ -628,7 +642,7 @@ def test_bridge_actions_lead_from_one_measured_pose_to_the_next() -> None:
     assert named.keep == slice(1, 5)
     position, rotation = state[1, :3], Rotation.from_euler("xyz", state[1, 3:6])
     for step in range(4):
-        position = position + named.action["position_delta"][step]
+        position = position + named.action["ee_delta"][step]
         rotation = Rotation.from_rotvec(named.action["rotation_delta"][step]) * rotation
     assert np.allclose(position, state[5, :3])
     assert (rotation * Rotation.from_euler("xyz", state[5, 3:6]).inv()).magnitude() < 1e-9
@@ -658,3 +672,54 @@ def test_a_known_dataset_needs_no_embodiment(tmp_path: Path) -> None:
     check(found, source.spec, item)
     assert found.action[:, 6].tolist() == [1, 1, 0, 0, 0, 0]
     assert found.state[0].tolist() == pytest.approx([0.5, 0.1, 0.8, 1, 0, 0, 0, 1, 0, 1])
+
+
+def test_the_mixture_has_28_datasets_that_are_known_or_say_why_not() -> None:
+    mixture = oxe.load_mixture("oxe_mixture")
+    assert len(mixture.datasets) == 28
+    for dataset in mixture.datasets:
+        assert dataset.weight > 0 and not dataset.verified
+        if dataset.transform is None:
+            assert dataset.note and dataset.embodiment is None
+        else:
+            assert dataset.embodiment == oxe.TRANSFORMS[dataset.transform].embodiment
+        if dataset.embodiment is not None:
+            assert load_embodiment(dataset.embodiment).name == dataset.embodiment
+        else:
+            assert dataset.note
+    assert sum(d.transform is not None for d in mixture.datasets) == 26
+    assert {d.name: d.weight for d in mixture.datasets}["droid"] == 0.06
+
+
+def test_weights_become_shares_of_samples() -> None:
+    mixture = oxe.load_mixture("oxe_mixture")
+    found = oxe.shares(mixture, {"taco_play": 100, "language_table": 1000, "bridge_dataset": 200})
+    assert found == pytest.approx({"taco_play": 0.4, "language_table": 0.2, "bridge_dataset": 0.4})
+    with pytest.raises(ValueError, match="nope"):
+        oxe.shares(mixture, {"nope": 3})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"weight": 0.0}, "weight must be positive"),
+        ({"transform": "taco"}, "no transform 'taco'"),
+        ({"embodiment": None}, "what is null needs a note"),
+        ({"verified": True}, "verified differs"),
+        ({"wieght": 1.0}, "unknown key"),
+    ],
+)
+def test_a_mixture_file_is_checked(tmp_path: Path, change: dict, text: str) -> None:
+    entry = {
+        "name": "taco_play", "weight": 1.0, "transform": "taco_play", "embodiment": "franka_taco_play",
+        "verified": False, "note": "",
+    }  # fmt: skip
+    path = tmp_path / "m.yaml"
+    path.write_text(json.dumps({"name": "m", "source": "s", "datasets": [entry | change]}))
+    with pytest.raises(ValueError, match=text):
+        oxe.load_mixture(path)
+    path.write_text(json.dumps({"name": "m", "source": "s", "datasets": [entry, entry]}))
+    with pytest.raises(ValueError, match="listed twice: taco_play"):
+        oxe.load_mixture(path)
+    with pytest.raises(ValueError, match="shipped: oxe_mixture"):
+        oxe.load_mixture("other")

@@ -1,12 +1,12 @@
 """ROS 2 bags (MCAP and SQLite): streams at their own rates -> episodes at the stamps of a camera.
 
 Names: a camera is the topic `/<camera>/image_raw` (or `/<camera>/image_raw/compressed`, `/<camera>/compressed`);
-others by `-o cameras=NAME:TOPIC,...`. The state is `/joint_states`, the action `/joint_command`
-(JointTrajectory: its first point; JointState; or Float64MultiArray, which has no names), the instruction `/instruction`
-(String, latched); others by `-o state= action= instruction=`. Joints are matched by name: their order is `-o joints=`,
-else the names of the embodiment's fields where all have size 1, else that of the command. The embodiment's fields take
-them one after the other: positions for joint_position and gripper fields, velocities for joint_velocity (from the first
-joint on again), effort for gripper_effort.
+others by `-o cameras=NAME:TOPIC,...`; the only camera of both needs no equal names. The state is `/joint_states`, the
+action `/joint_command` (JointTrajectory: its first point; JointState; or Float64MultiArray, which has no names), the
+instruction `/instruction` (String, latched); others by `-o state= action= instruction=`. Joints are matched by name:
+their order is `-o joints=`, else the names of the embodiment's fields where all have size 1, else that of the command.
+The embodiment's fields take them one after the other: positions for joint_position and gripper fields, velocities for
+joint_velocity (from the first joint on again), effort for gripper_effort.
 
 Time: header stamps, in the order of the clock that made them; a message without a header counts at its log time. The
 first camera sets the frames; every other stream gives its nearest message within half a frame (`-o slop=`), nothing is
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from dita.datasets.convert.bags import (
 from dita.datasets.convert.base import (
     Item,
     Options,
+    Refused,
     Rejected,
     check_inside,
     check_pixels,
@@ -262,6 +263,13 @@ def index(bag: Bag, asked: Mapping[str, str]) -> Recording:
     if not checked:
         found.notes.append("some of its messages have no checksum, so damage inside them cannot be seen")
     return found
+
+
+def rename_camera(recording: Recording, name: str) -> None:
+    """Give the only camera of a bag another name."""
+    ((old, topic),) = recording.names.cameras.items()
+    recording.names = replace(recording.names, cameras={name: topic})
+    recording.cameras = {name: recording.cameras[old]}
 
 
 def _add(
@@ -565,8 +573,17 @@ class McapSource:
         for path in bag.files:
             check_inside(self._path if self._path.is_dir() else self._path.parent, path)
         recording = index(bag, self._asked)
-        cameras = self._cameras(recording)
-        self._check_topics(recording, cameras)
+        if self._given is not None and len(self._given.cameras) == len(recording.cameras) == 1:
+            rename_camera(recording, self._given.cameras[0].name)
+        try:
+            cameras = self._cameras(recording)
+            self._check_topics(recording, cameras)
+        except Rejected as e:
+            if not recording.cuts:
+                raise
+            fault = recording.cuts[0][1]  # why it lacks something
+            found = f"{fault.found}, and the rest has no {e.key}"
+            raise Rejected(fault.code, name, "", fault.where, fault.expected, found, TODO) from None
         main, *others = (recording.cameras[c] for c in cameras)
         streams = [*others, recording.state, recording.action]
         notes = [*recording.notes, *_clock_notes([main, *streams], self._asked.get("clock", "header"))]
@@ -596,11 +613,11 @@ class McapSource:
         if self._given is not None and (absent := [c.name for c in self._given.cameras if c.name not in cameras]):
             have = ", ".join(f"{n} ({t})" for n, t in cameras.items()) or "none"
             todo = "rename the embodiment's cameras, or -o cameras=NAME:TOPIC"
-            raise Rejected("E_SCHEMA", file, "", "cameras", ", ".join(absent), f"only {have}", todo)
+            raise Rejected("E_KEY", file, "", "cameras", ", ".join(absent), f"only {have}", todo)
         names = self._needed(recording)
         if not names:
             found = ", ".join(f"{t} ({k.type})" for t, k in recording.types.items()) or "no topics"
-            raise Rejected("E_SCHEMA", file, "", "cameras", f"a topic of {IMAGE} or {COMPRESSED}", found, TODO)
+            raise Rejected("E_KEY", file, "", "cameras", f"a topic of {IMAGE} or {COMPRESSED}", found, TODO)
         return names
 
     def _check_topics(self, recording: Recording, cameras: Sequence[str]) -> None:
@@ -616,14 +633,14 @@ class McapSource:
             todo = f"name another topic: -o {option}=TOPIC"
             if topic not in recording.types:
                 have = ", ".join(f"{t} ({k.type})" for t, k in sorted(recording.types.items())) or "no topics"
-                raise Rejected("E_SCHEMA", recording.bag.name, "", topic, "the topic", f"only {have}", todo)
+                raise Rejected("E_KEY", recording.bag.name, "", topic, "the topic", f"only {have}", todo)
             kind, encoding = recording.types[topic]
             if kind not in kinds or encoding != "cdr":
                 found = f"{kind} in {encoding}"
-                raise Rejected("E_SCHEMA", recording.bag.name, "", topic, f"{' or '.join(kinds)} in cdr", found, todo)
+                raise Rejected("E_DTYPE", recording.bag.name, "", topic, f"{' or '.join(kinds)} in cdr", found, todo)
             if not streams[topic].order:
                 found = f"none ({len(streams[topic].bad)} do not parse)"
-                raise Rejected("E_SCHEMA", recording.bag.name, "", topic, "messages", found, todo)
+                raise Rejected("E_EMPTY", recording.bag.name, "", topic, "messages", found, todo)
 
     def _choose_joints(self, recording: Recording, spec: EmbodimentSpec) -> tuple[list[str], list[str]]:
         """Return the joints of state and action, in the order of the embodiment's fields."""
@@ -642,7 +659,7 @@ class McapSource:
                     expected = f"{width} joints: {', '.join(f'{f.name}[{f.size}]' for f in fields)}"
                     found = f"{len(joints)}: {', '.join(joints)}"
                     todo = f"say which in the order of the fields: -o {group}=NAME,..."
-                    raise Rejected("E_JOINTS", recording.bag.name, "", group, expected, found, todo)
+                    raise Refused("E_JOINTS", recording.bag.name, "", group, expected, found, todo)
             out.append(joints)
         if action and set(action) >= set(out[1]) and [n for n in state if n in out[0]] != out[0]:
             # positions of the two lists differ: say how they are put together

@@ -2,27 +2,32 @@
 
 A field keeps one name over all datasets, so that one embodiment file serves several:
 
-    state    position [m]  rotation (6-D)  joints [rad]  gripper (1 = open)
-    action   position_delta [m]  rotation_delta (axis-angle) [rad]  gripper (1 = open)  joints_delta
+    state    ee_position [m]  ee_rotation (6-D)  joints [rad]  gripper (1 = open)
+    action   ee_delta [m]  rotation_delta (axis-angle) [rad]  gripper (1 = open)
 
 A dataset gives some of them; an embodiment takes what it wants by name. Roll, pitch and yaw turn about the fixed axes
 (`xyz` of scipy); quaternions are xyzw in the data.
 
 Everything here comes from public documentation: the datasets' own descriptions and the sheet of
 https://github.com/google-deepmind/open_x_embodiment. `verified` is True only where a file of the dataset was read by
-this project and looked right; so far that is none of them.
+this project and looked right; so far that is none of them. `configs/data/oxe_mixture.yaml` says which datasets the
+published model was trained on, and how often each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import yaml
 from jaxtyping import Float32
 from scipy.spatial.transform import Rotation
 
+from dita.config import from_dict
 from dita.datasets.convert.base import rotation_6d
+from dita.embodiment import config_folder
 
 Raw = Mapping[str, Float32[np.ndarray, "m d"]]  # features under steps/, one row per step
 Column = Callable[[Raw], np.ndarray]
@@ -145,8 +150,12 @@ def bridge(state: str, gripper: Column) -> Callable[[Raw], Named]:
         keep = slice(1, len(pose) - 1)
         step = (rotation[2:] * rotation[1:-1].inv()).as_rotvec() if len(pose) > 2 else np.zeros((0, 3))
         return Named(
-            {"position": pose[keep, :3], "rotation": rotation_6d(rotation)[keep], "gripper": opening(pose[keep, 6:7])},
-            {"position_delta": np.diff(pose[1:, :3], axis=0), "rotation_delta": step, "gripper": gripper(raw)[keep]},
+            {
+                "ee_position": pose[keep, :3],
+                "ee_rotation": rotation_6d(rotation)[keep],
+                "gripper": opening(pose[keep, 6:7]),
+            },
+            {"ee_delta": np.diff(pose[1:, :3], axis=0), "rotation_delta": step, "gripper": gripper(raw)[keep]},
             keep,
         )
 
@@ -156,7 +165,7 @@ def bridge(state: str, gripper: Column) -> Callable[[Raw], Named]:
 def split_action(gripper: Column) -> dict[str, Column]:
     """Name the actions of datasets that keep them apart, with roll, pitch and yaw."""
     return {
-        "position_delta": cut("action/world_vector"),
+        "ee_delta": cut("action/world_vector"),
         "rotation_delta": euler_vector("action/rotation_delta"),
         "gripper": gripper,
     }
@@ -164,7 +173,7 @@ def split_action(gripper: Column) -> dict[str, Column]:
 
 def flat_action(gripper: Column) -> dict[str, Column]:
     """Name the columns of datasets with one action vector: position, roll, pitch and yaw, gripper."""
-    return {"position_delta": cut("action", 0, 3), "rotation_delta": euler_vector("action", 3), "gripper": gripper}
+    return {"ee_delta": cut("action", 0, 3), "rotation_delta": euler_vector("action", 3), "gripper": gripper}
 
 
 SPLIT = {"action/world_vector": 3, "action/rotation_delta": 3}
@@ -175,8 +184,8 @@ PANDA_HAND = 1 / 0.08  # [1/m] a Franka hand opens to 80 mm
 # robosuite-like state of the Austin labs: seven joints, gripper opening [m], then a pose
 AUSTIN = {"joints": cut(OBS + "state", 0, 7), "gripper": scaled(PANDA_HAND, OBS + "state", 7)}
 AUSTIN_POSE = {
-    "position": cut(OBS + "state", 0, 3),
-    "rotation": quaternion_xyzw_6d(OBS + "state", 3),
+    "ee_position": cut(OBS + "state", 0, 3),
+    "ee_rotation": quaternion_xyzw_6d(OBS + "state", 3),
     "gripper": scaled(PANDA_HAND, OBS + "state", 7),
 }
 
@@ -184,8 +193,8 @@ TRANSFORMS: dict[str, Transform] = {
     "fractal20220817_data": Transform(
         fields(
             {
-                "position": cut(OBS + "base_pose_tool_reached", 0, 3),
-                "rotation": quaternion_xyzw_6d(OBS + "base_pose_tool_reached", 3),
+                "ee_position": cut(OBS + "base_pose_tool_reached", 0, 3),
+                "ee_rotation": quaternion_xyzw_6d(OBS + "base_pose_tool_reached", 3),
                 "gripper": turned(closing, OBS + "gripper_closed"),
             },
             split_action(turned(closing_relative, CLOSEDNESS)),
@@ -197,8 +206,8 @@ TRANSFORMS: dict[str, Transform] = {
     "kuka": Transform(
         fields(
             {
-                "position": cut(OBS + "clip_function_input/base_pose_tool_reached", 0, 3),
-                "rotation": quaternion_xyzw_6d(OBS + "clip_function_input/base_pose_tool_reached", 3),
+                "ee_position": cut(OBS + "clip_function_input/base_pose_tool_reached", 0, 3),
+                "ee_rotation": quaternion_xyzw_6d(OBS + "clip_function_input/base_pose_tool_reached", 3),
                 "gripper": turned(closing, OBS + "gripper_closed"),
             },
             split_action(turned(closing_relative, CLOSEDNESS)),
@@ -224,13 +233,13 @@ TRANSFORMS: dict[str, Transform] = {
     "taco_play": Transform(
         fields(
             {
-                "position": cut(OBS + "robot_obs", 0, 3),
-                "rotation": euler_6d(OBS + "robot_obs", 3),
+                "ee_position": cut(OBS + "robot_obs", 0, 3),
+                "ee_rotation": euler_6d(OBS + "robot_obs", 3),
                 "gripper": scaled(PANDA_HAND, OBS + "robot_obs", 6),
                 "joints": cut(OBS + "robot_obs", 7, 14),
             },
             {
-                "position_delta": cut("action/rel_actions_world", 0, 3),
+                "ee_delta": cut("action/rel_actions_world", 0, 3),
                 "rotation_delta": euler_vector("action/rel_actions_world", 3),
                 "gripper": turned(opening, "action/rel_actions_world", 6),
             },
@@ -241,9 +250,9 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     "jaco_play": Transform(
         fields(
-            {"position": cut(OBS + "end_effector_cartesian_pos", 0, 3)},
+            {"ee_position": cut(OBS + "end_effector_cartesian_pos", 0, 3)},
             {
-                "position_delta": cut("action/world_vector"),
+                "ee_delta": cut("action/world_vector"),
                 "gripper": turned(closing_relative, CLOSEDNESS),
             },
         ),
@@ -254,7 +263,7 @@ TRANSFORMS: dict[str, Transform] = {
     "berkeley_cable_routing": Transform(
         fields(
             {"joints": cut(OBS + "robot_state")},
-            {"position_delta": cut("action/world_vector"), "rotation_delta": euler_vector("action/rotation_delta")},
+            {"ee_delta": cut("action/world_vector"), "rotation_delta": euler_vector("action/rotation_delta")},
         ),
         SPLIT | {OBS + "robot_state": 7},
         None,
@@ -278,8 +287,8 @@ TRANSFORMS: dict[str, Transform] = {
         fields(
             {
                 "joints": cut(OBS + "robot_state", 0, 6),
-                "position": cut(OBS + "robot_state", 6, 9),
-                "rotation": quaternion_xyzw_6d(OBS + "robot_state", 9),
+                "ee_position": cut(OBS + "robot_state", 6, 9),
+                "ee_rotation": quaternion_xyzw_6d(OBS + "robot_state", 9),
                 "gripper": turned(closing, OBS + "robot_state", 13),
             },
             split_action(turned(closing_relative, CLOSEDNESS)),
@@ -296,7 +305,7 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     # a stick on a table: two directions, no gripper
     "language_table": Transform(
-        fields({"position": cut(OBS + "effector_translation")}, {"position_delta": cut("action")}),
+        fields({"ee_position": cut(OBS + "effector_translation")}, {"ee_delta": cut("action")}),
         {"action": 2, OBS + "effector_translation": 2},
         None,
         False,
@@ -304,8 +313,8 @@ TRANSFORMS: dict[str, Transform] = {
     "stanford_hydra_dataset_converted_externally_to_rlds": Transform(
         fields(
             {
-                "position": cut(OBS + "state", 0, 3),
-                "rotation": quaternion_xyzw_6d(OBS + "state", 3),
+                "ee_position": cut(OBS + "state", 0, 3),
+                "ee_rotation": quaternion_xyzw_6d(OBS + "state", 3),
                 "joints": cut(OBS + "state", 10, 17),
             },
             flat_action(turned(closing, "action", 6)),
@@ -321,11 +330,11 @@ TRANSFORMS: dict[str, Transform] = {
         fields(
             {
                 "joints": cut(OBS + "state", 0, 7),
-                "position": cut(OBS + "state", 7, 10),
-                "rotation": euler_6d(OBS + "state", 10),
+                "ee_position": cut(OBS + "state", 7, 10),
+                "ee_rotation": euler_6d(OBS + "state", 10),
             },
             {
-                "position_delta": cut("action", 7, 10),
+                "ee_delta": cut("action", 7, 10),
                 "rotation_delta": euler_vector("action", 10),
                 "gripper": turned(opening, "action", 13),
             },
@@ -336,9 +345,9 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     "furniture_bench_dataset_converted_externally_to_rlds": Transform(
         fields(
-            {"position": cut(OBS + "state", 0, 3), "rotation": quaternion_xyzw_6d(OBS + "state", 3)},
+            {"ee_position": cut(OBS + "state", 0, 3), "ee_rotation": quaternion_xyzw_6d(OBS + "state", 3)},
             {
-                "position_delta": cut("action", 0, 3),
+                "ee_delta": cut("action", 0, 3),
                 "rotation_delta": quaternion_vector("action", 3),
                 "gripper": turned(closing, "action", 7),
             },
@@ -363,12 +372,12 @@ TRANSFORMS: dict[str, Transform] = {
     "bc_z": Transform(
         fields(
             {
-                "position": cut(OBS + "present/xyz"),
-                "rotation": lambda raw: rotation_6d(Rotation.from_rotvec(raw[OBS + "present/axis_angle"])),
+                "ee_position": cut(OBS + "present/xyz"),
+                "ee_rotation": lambda raw: rotation_6d(Rotation.from_rotvec(raw[OBS + "present/axis_angle"])),
                 "gripper": turned(closing, OBS + "present/sensed_close"),
             },
             {
-                "position_delta": cut("action/future/xyz_residual", 0, 3),
+                "ee_delta": cut("action/future/xyz_residual", 0, 3),
                 "rotation_delta": cut("action/future/axis_angle_residual", 0, 3),
                 "gripper": turned(closing, "action/future/target_close"),
             },
@@ -386,7 +395,7 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     "dlr_edan_shared_control_converted_externally_to_rlds": Transform(
         fields(
-            {"position": cut(OBS + "state", 0, 3), "rotation": euler_6d(OBS + "state", 3)},
+            {"ee_position": cut(OBS + "state", 0, 3), "ee_rotation": euler_6d(OBS + "state", 3)},
             flat_action(turned(closing, "action", 6)),
         ),
         {"action": 7, OBS + "state": 7},
@@ -397,7 +406,7 @@ TRANSFORMS: dict[str, Transform] = {
         fields(
             {"joints": cut(OBS + "state", 0, 7), "gripper": scaled(1, OBS + "state", 7)},
             {
-                "position_delta": cut("action", 0, 3),
+                "ee_delta": cut("action", 0, 3),
                 "rotation_delta": quaternion_vector("action", 3),
                 "gripper": turned(opening, "action", 7),
             },
@@ -420,14 +429,14 @@ TRANSFORMS: dict[str, Transform] = {
         False,
     ),
     "cmu_stretch": Transform(
-        fields({"position": cut(OBS + "state", 0, 3)}, flat_action(turned(opening, "action", 6))),
+        fields({"ee_position": cut(OBS + "state", 0, 3)}, flat_action(turned(opening, "action", 6))),
         {"action": 8, OBS + "state": 4},
         None,
         False,
     ),
     "dobbe": Transform(
         fields(
-            {"position": cut(OBS + "state", 0, 3), "rotation": euler_6d(OBS + "state", 3)},
+            {"ee_position": cut(OBS + "state", 0, 3), "ee_rotation": euler_6d(OBS + "state", 3)},
             flat_action(turned(opening, "action", 6)),
         ),
         {"action": 7, OBS + "state": 7},
@@ -435,3 +444,77 @@ TRANSFORMS: dict[str, Transform] = {
         False,
     ),
 }
+
+
+# --- mixtures
+
+
+@dataclass(frozen=True)
+class MixtureDataset:
+    """One dataset of a mixture."""
+
+    name: str  # as dataset_info.json says
+    weight: float  # factor on its number of steps
+    transform: str | None  # key of TRANSFORMS
+    embodiment: str | None  # shipped file; None: give your own
+    verified: bool
+    note: str  # why something is null, or what to mind
+
+    def __post_init__(self) -> None:
+        known = TRANSFORMS.get(self.transform or "")
+        problems = {
+            "weight must be positive": not self.weight > 0,
+            f"no transform {self.transform!r}": self.transform is not None and known is None,
+            "what is null needs a note": None in (self.transform, self.embodiment) and not self.note,
+            "verified differs from the transform's": self.verified != (known is not None and known.verified),
+        }
+        if wrong := [text for text, bad in problems.items() if bad]:
+            raise ValueError(f"{self.name}: {'; '.join(wrong)}")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Datasets and how often each is drawn."""
+
+    name: str
+    source: str
+    datasets: tuple[MixtureDataset, ...]
+
+    def __post_init__(self) -> None:
+        names = [d.name for d in self.datasets]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"datasets listed twice: {', '.join(twice)}")
+
+
+def load_mixture(name_or_path: str | Path) -> Mixture:
+    """Load a mixture by shipped name ("oxe_mixture") or from a YAML file.
+
+    Raises:
+        ValueError: no such file, or a dataset is unknown, listed twice or has no positive weight.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = config_folder() / "data" / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (config_folder() / "data").glob("*.yaml")))
+        raise ValueError(f"no mixture {str(name_or_path)!r}; shipped: {known}; or give a .yaml file")
+    return from_dict(Mixture, yaml.safe_load(path.read_text()), str(path))
+
+
+def shares(mixture: Mixture, steps: Mapping[str, int]) -> dict[str, float]:
+    """Turn a mixture's weights into `data.stores` weights, the share of samples of each dataset.
+
+    A published weight multiplies a dataset's size; the weight of a store is the share itself.
+
+    Args:
+        mixture: its weights.
+        steps: number of steps of every dataset that was converted; the others are left out.
+
+    Raises:
+        ValueError: a dataset that the mixture does not have, or an empty one.
+    """
+    weights = {d.name: d.weight for d in mixture.datasets}
+    if odd := [name for name, count in steps.items() if name not in weights or count < 1]:
+        raise ValueError(f"{', '.join(odd)}: not in the mixture {mixture.name}, or without steps")
+    total = sum(weights[name] * count for name, count in steps.items())
+    return {name: weights[name] * count / total for name, count in steps.items()}

@@ -34,6 +34,7 @@ from dita.datasets.convert.base import (
     Item,
     Options,
     Rejected,
+    assemble,
     check_inside,
     check_lengths,
     check_name,
@@ -42,6 +43,7 @@ from dita.datasets.convert.base import (
     natural,
     refuse_to_guess,
     reject,
+    rotation_columns,
     safe_path,
     to_si,
 )
@@ -57,6 +59,7 @@ OPTIONS = {
     "language": "feature under steps/ that holds the instruction, e.g. language_instruction_2",
     "transform": "a dataset of the OXE table whose layout this one has, or none for the plain one",
     "split": "only this split",
+    "quaternion": "order of the quaternions in a vector, wxyz or xyzw",
 }
 INSTRUCTIONS = (
     "language_instruction",
@@ -461,12 +464,12 @@ class Steps:
         """Decode numbers to [m, ...] as features.json shapes them; float64 comes as float32, as it is stored.
 
         Raises:
-            Rejected: E_SCHEMA: not there, not numbers, or the list does not divide into steps.
+            Rejected: E_KEY: not there; E_DTYPE: not numbers; E_SCHEMA: the list does not divide into steps.
         """
         feature, values = self._get(name)
         shape = feature.shape
         if feature.kind != "tensor" or feature.dtype not in TYPES or None in shape:
-            raise self._odd(name, "numbers of a fixed shape", feature.about())
+            raise self._odd(name, "numbers of a fixed shape", feature.about(), "E_DTYPE")
         if feature.encoding != "none":
             out = self._decode_bytes(feature, values, tuple(n or 0 for n in shape))
         else:
@@ -487,7 +490,7 @@ class Steps:
         """Decode one text per step; Language-Table has rows of characters, padded with zeros.
 
         Raises:
-            Rejected: E_SCHEMA: not there, or not UTF-8.
+            Rejected: E_KEY: not there; E_SCHEMA: not UTF-8.
         """
         feature, values = self._get(name)
         if feature.dtype in TYPES:
@@ -504,7 +507,7 @@ class Steps:
         """Decode one RGB picture per step, all of one size.
 
         Raises:
-            Rejected: E_SCHEMA: not there, damaged, or of another size; E_PATH: too much.
+            Rejected: E_KEY: not there; E_DTYPE: numbers; E_SCHEMA: damaged, or of another size; E_PATH: too much.
         """
         feature, values = self._get(name)
         if feature.kind != "image":
@@ -515,7 +518,7 @@ class Steps:
         try:
             encoded = values.strings()
         except WireError as e:
-            raise self._odd(name, "encoded pictures", str(e)) from None
+            raise self._odd(name, "encoded pictures", str(e), "E_DTYPE") from None
         self.lengths[name] = len(encoded)
         check_size((len(encoded), height, width, 3), 1, self._item.file, name, sum(map(len, encoded)))
         out = np.empty((len(encoded), height, width, 3), np.uint8)
@@ -530,16 +533,16 @@ class Steps:
         key = f"steps/{name}"
         if key not in self._features:
             have = ", ".join(k.removeprefix("steps/") for k in self._features if k.startswith("steps/"))
-            raise self._odd(name, "the feature in features.json", f"only {have}")
+            raise self._odd(name, "the feature in features.json", f"only {have}", "E_KEY")
         if key not in self._example:
-            raise self._odd(name, f"the feature as features.json says ({self._features[key].about()})", "none")
+            raise self._odd(name, f"the feature as features.json says ({self._features[key].about()})", "none", "E_KEY")
         return self._features[key], self._example[key]
 
     def _numbers(self, name: str, values: Values) -> np.ndarray:
         try:
             return values.numbers()
         except WireError as e:
-            raise self._odd(name, "a list of numbers", str(e)) from None
+            raise self._odd(name, "a list of numbers", str(e), "E_DTYPE") from None
 
     def _decode_bytes(self, feature: Feature, values: Values, shape: tuple[int, ...]) -> np.ndarray:
         """Decode tensors that are stored as bytes, one value per step, perhaps deflated."""
@@ -559,15 +562,15 @@ class Steps:
             rows.append(np.frombuffer(raw, dtype).reshape(shape))
         return np.stack(rows) if rows else np.zeros((0, *shape), dtype)
 
-    def _odd(self, name: str, expected: str, found: str) -> Rejected:
-        return reject("E_SCHEMA", self._item, f"steps/{name}", expected, found, COPY)
+    def _odd(self, name: str, expected: str, found: str, code: str = "E_SCHEMA") -> Rejected:
+        return reject(code, self._item, f"steps/{name}", expected, found, COPY)
 
 
 def check_boundaries(steps: Steps, features: Mapping[str, Feature], item: Item) -> int:
     """Return the number of steps; the flags must say that this is one whole episode.
 
     Raises:
-        Rejected: E_SCHEMA: no is_last, or a flag on a wrong step; E_EMPTY: no steps.
+        Rejected: E_KEY: no is_last; E_SCHEMA: a flag on a wrong step; E_EMPTY: no steps.
     """
     last = steps.array("is_last").reshape(-1).astype(bool)
     if not len(last):
@@ -635,7 +638,7 @@ class RldsSource:
                 "E_EMPTY", info, "", "splits", wanted or "at least one", splits, "choose another: -o split=NAME"
             )
         self._transform = self._choose_transform()
-        self._cameras = self._name_cameras()
+        self._cameras = self._name_cameras(embodiment)
         given = embodiment is not None
         if embodiment is None and self._transform and self._transform.embodiment:
             embodiment = load_embodiment(self._transform.embodiment)
@@ -683,8 +686,8 @@ class RldsSource:
         check_lengths(steps.lengths, item)
         return Episode(
             images=images,
-            state=to_si(state, self.spec.state),
-            action=to_si(action, self.spec.action),
+            state=state,
+            action=action,
             stamp=np.arange(len(state)) / self.spec.control_hz,
             instruction=self._instruction(steps, item),
             success=None,
@@ -733,8 +736,8 @@ class RldsSource:
             raise ValueError(f"no transform {asked!r}; there are none, {', '.join(TRANSFORMS)}")
         return TRANSFORMS.get(asked or self.name)
 
-    def _name_cameras(self) -> dict[str, str]:
-        """Return camera name -> feature under steps/."""
+    def _name_cameras(self, spec: EmbodimentSpec | None) -> dict[str, str]:
+        """Return camera name -> feature under steps/; the only camera of both needs no equal names."""
         keys = [k.removeprefix("steps/") for k, f in self._features.items() if k.startswith("steps/") and f.is_picture]
         if text := self._options.extra.get("cameras"):
             pairs = [part.partition(":") for part in text.split(",")]
@@ -743,6 +746,8 @@ class RldsSource:
             if bad := [k for k in full.values() if k not in keys]:
                 raise ValueError(f"-o cameras: no picture {', '.join(bad)}; there are {', '.join(keys) or 'none'}")
             return full
+        if spec is not None and len(spec.cameras) == len(keys) == 1:
+            return {spec.cameras[0].name: keys[0]}
         return {key.removeprefix("observation/").replace("/", "_"): key for key in keys}
 
     def _size(self, key: str) -> tuple[int, int]:
@@ -769,7 +774,7 @@ class RldsSource:
         return refuse_to_guess(f"rlds dataset {self.name}", self._root, told)
 
     def _vectors(self, steps: Steps, item: Item, count: int) -> tuple[np.ndarray, np.ndarray, slice]:
-        """Return state [m s] and action [m a] as the embodiment's fields, and which of the steps they are of."""
+        """Return state [m s] and action [m a] in SI, and which of the steps they are of."""
         if self._transform is None:
             state = self._by_name(steps, "state", "observation", self.spec.state, item)
             action = self._by_name(steps, "action", "action", self.spec.action, item)
@@ -784,7 +789,8 @@ class RldsSource:
                 raise reject("E_SCHEMA", item, f"steps/{name}", f"{width} values", f"{values.shape[1]}", todo)
         named = self._transform.convert(raw)
         state = _pick(named.state, self.spec.state, "state", item)
-        return state, _pick(named.action, self.spec.action, "action", item), named.keep
+        action = _pick(named.action, self.spec.action, "action", item)
+        return to_si(state, self.spec.state), to_si(action, self.spec.action), named.keep
 
     def _by_name(
         self, steps: Steps, group: str, folder: str, fields: tuple[FieldSpec, ...], item: Item
@@ -798,14 +804,16 @@ class RldsSource:
         check_lengths(steps.lengths, item)
         for name, part in parts.items():
             check_padding(part, name, item)
-        values = np.concatenate(list(parts.values()), axis=1)
-        if values.shape[1] != (width := sum(f.size for f in fields)):
-            expected = f"{width} values: {', '.join(f'{f.name}[{f.size}]' for f in fields)}"
+        values, key = np.concatenate(list(parts.values()), axis=1), " + ".join(f"steps/{n}" for n in parts)
+        order = self._options.extra.get("quaternion", "")
+        width = rotation_columns(values.shape[1], fields)
+        if width is None or (width == 4 and order not in ("wxyz", "xyzw")):
+            expected = f"columns for {', '.join(f'{f.name}[{f.size}]' for f in fields)}"
             todo = f"correct the embodiment, or name another feature: -o {group}=KEY"
-            raise reject(
-                "E_SCHEMA", item, " + ".join(f"steps/{n}" for n in parts), expected, f"{values.shape[1]}", todo
-            )
-        return values
+            if width == 4:
+                expected, todo = "quaternions of a known order", "say it: -o quaternion=wxyz or xyzw"
+            raise reject("E_SCHEMA", item, key, expected, f"{values.shape[1]} columns", todo)
+        return assemble(values, fields, order, item.file, key)
 
     def _instruction(self, steps: Steps, item: Item) -> str:
         asked = self._options.extra.get("language")
