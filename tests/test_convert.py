@@ -41,7 +41,7 @@ from scipy.spatial.transform import Rotation
 from dita.cli import main
 from dita.datasets.convert import SOURCES, base, diffusion_policy, run
 from dita.datasets.convert.base import Item, Rejected, assemble, check, check_size, fit_spec, padded, to_si
-from dita.datasets.store import Store
+from dita.datasets.store import Store, StoreError, StoreWriter
 from dita.embodiment import embodiment_from_dict, embodiment_to_dict, load_embodiment
 from dita.types import EmbodimentSpec, Episode
 
@@ -268,6 +268,42 @@ def test_when_everything_is_rejected_there_is_no_store(robomimic, convert, tmp_p
     result = convert(robomimic, path, tmp_path / "s.zarr", "--quarantine")
     assert (result.code, result.account) == (1, "in 2 = written 0 + rejected 2 + already there 0")
     assert "nothing was written" in result.err and not (tmp_path / "s.zarr").exists()
+
+
+def test_large_inputs_are_sealed_as_they_come(robomimic, convert, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(run, "SEAL_BYTES", 12_000)
+    assert convert(robomimic, robomimic.make(tmp_path), tmp_path / "s.zarr").code == 0
+    assert [e.segment for e in Store(tmp_path / "s.zarr").episodes] == ["main-0000"] * 2 + ["main-0001"] * 2
+    assert_holds(tmp_path / "s.zarr", robomimic, range(4))
+
+
+def test_a_full_disk_keeps_what_was_finished(robomimic, convert, tmp_path, monkeypatch) -> None:
+    add, path, out = StoreWriter.add, robomimic.make(tmp_path), tmp_path / "s.zarr"
+
+    def full(self: StoreWriter, episode: Episode) -> str:
+        if len(self.sources()) == 2:
+            raise StoreError(f"E_NOSPACE: {out} is full; free some and rerun with --resume")
+        return add(self, episode)
+
+    monkeypatch.setattr(StoreWriter, "add", full)
+    result = convert(robomimic, path, out)
+    assert result.code == 1 and result.account.endswith("not read 2") and "E_NOSPACE" in result.err
+    monkeypatch.setattr(StoreWriter, "add", add)
+    result = convert(robomimic, path, out, "--resume")
+    assert (result.code, result.account) == (0, "in 4 = written 2 + rejected 0 + already there 2")
+    assert_holds(out, robomimic, range(4))
+
+
+def test_a_second_writer_is_told_to_wait(robomimic, convert, tmp_path) -> None:
+    path, out = robomimic.make(tmp_path), tmp_path / "s.zarr"
+    assert convert(robomimic, path, out).code == 0
+    writer = StoreWriter.create(out, Store(out).spec, source="robomimic set.hdf5", licence="unknown", exist="resume")
+    try:
+        result = convert(robomimic, path, out, "--resume")
+        assert result.code == 1 and "E_LOCKED" in result.err
+    finally:
+        writer.close()
+    assert_holds(out, robomimic, range(4))
 
 
 def test_a_duplicate_is_counted_and_not_written_twice(robomimic, convert, tmp_path) -> None:
@@ -663,6 +699,10 @@ def raw_external(file: h5py.File) -> None:
     file.create_dataset("data/demo_9/actions", (7, 7), "f8", external=[(str(raw), 0, h5py.h5f.UNLIMITED)])
 
 
+def raw(file: h5py.File) -> None:
+    file.move("data/demo_9/obs", "data/demo_9/states")
+
+
 def virtual(file: h5py.File) -> None:
     del file["data/demo_9/actions"]
     layout = h5py.VirtualLayout((7, 7), "f8")
@@ -678,6 +718,7 @@ IMAGE = "data/demo_9/obs/agentview_image"
     [
         (drop("data/demo_9/actions"), "E_KEY", "/data/demo_9/actions"),
         (drop("data/demo_9/obs"), "E_KEY", "/data/demo_9/obs"),
+        (raw, "E_KEY", "dataset_states_to_obs.py"),
         (drop("data/demo_9/obs/robot0_eef_quat"), "E_KEY", "robot0_eef_quat"),
         (drop(IMAGE), "E_KEY", "agentview_image"),
         (lambda f: f["data/demo_9"].attrs.__setitem__("num_samples", 9), "E_LENGTH", "num_samples 9, actions 7"),

@@ -90,7 +90,7 @@ class Seen:
     def add(self, demo: h5py.Group) -> None:
         """Count one demo."""
         actions = hdf5.member(demo, "actions", h5py.Dataset)
-        obs = hdf5.group(demo, "obs")
+        obs = _observations(demo)
         self.columns[int(np.prod((actions.shape or ())[1:]))] += 1
         for key in hdf5.names(obs):
             shape, kind = _shape(obs, key)
@@ -209,8 +209,9 @@ class RobomimicSource:
             raise Rejected("E_EMPTY", path, "", "data", "demos", "none", "remove the file")
         demo = hdf5.group(data, str(item.key))
         actions = hdf5.dataset(demo, "actions", "fiu", 2)
-        arrays = {key: hdf5.dataset(demo, f"obs/{key}", "fiub") for key in (f.name for f in self.spec.state)}
-        frames = {name: hdf5.dataset(demo, f"obs/{key}", "u", 4) for name, key in self._keys.items()}
+        observed = _observations(demo)
+        arrays = {key: hdf5.dataset(observed, key, "fiub") for key in (f.name for f in self.spec.state)}
+        frames = {name: hdf5.dataset(observed, key, "u", 4) for name, key in self._keys.items()}
         obs = {f"obs/{key}": len(d) for key, d in arrays.items()}
         obs |= {f"obs/{self._keys[name]}": len(d) for name, d in frames.items()}
         lengths = {"actions": len(actions), **obs}
@@ -450,6 +451,14 @@ def field(
     mode = "delta" if reference else "absolute"
     return {"name": name, "kind": kind, "size": size, "unit": unit, "frame": frame, "mode": mode,
             "reference": reference, "scale": scale, "slot": slot, "low": low, "high": high}  # fmt: skip
+
+
+def _observations(demo: h5py.Group) -> h5py.Group:
+    if "obs" not in demo and "states" in demo:
+        todo = "a raw recording holds simulator states only: run robomimic's dataset_states_to_obs.py on it first"
+        key, found = f"{demo.name}/obs", f"only {', '.join(hdf5.names(demo))}"
+        raise Rejected("E_KEY", str(demo.file.filename), "", key, "observations", found, todo)
+    return hdf5.group(demo, "obs")
 
 
 def _success(demo: h5py.Group) -> bool | None:

@@ -463,6 +463,7 @@ def _finish(config: ConvertConfig, tally: Tally) -> None:
     if len(warnings) > SHOWN:
         errors.print(f"warning: and {len(warnings) - SHOWN} more")
     if tally.rejected:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json_lines(tally.rejected)))
         for rejected in tally.rejected[:SHOWN]:
             if rejected is not tally.failed:  # that one is the command's last line
@@ -476,7 +477,9 @@ def _finish(config: ConvertConfig, tally: Tally) -> None:
 def _bar() -> Progress:
     rejected = TextColumn("{task.fields[rejected]} rejected")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rejected)
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _seal_bar(progress: Progress) -> Callable[[int, int], None]:
