@@ -424,16 +424,22 @@ def test_each_malformed_episode_gets_its_code(tmp_path: Path, case: str) -> None
     assert str(found[1]).count("\n") == 0
 
 
-def test_few_blank_frames_and_a_frozen_camera_are_warnings(tmp_path: Path) -> None:
+def test_few_blank_frames_and_a_frozen_camera(tmp_path: Path) -> None:
     blank = simplejpeg.encode_jpeg(np.zeros((H, W, 3), np.uint8))
+    still = {"steps/observation/image": pictures(1, 1) * 6}
     episodes = [
         episode(40, 0, **{"steps/observation/image": [*pictures(39, 0), blank]}),
-        episode(6, 1, **{"steps/observation/image": pictures(1, 1) * 6}),
+        episode(6, 1, **still),
+        episode(6, 2, **still | {"steps/observation/state": np.full((6, 4), 0.5)}),
     ]
     source = rlds.open_source(write(tmp_path / "d", episodes), spec(), options())
-    warnings = [check(source.read(item), source.spec, item) for item in source.items()]
-    assert "1 of one colour, the first at 39 (2.5% of frames)" in warnings[0][0]
-    assert "all 6 frames are equal" in warnings[1][0]
+    items = source.items()
+    (warning,) = check(source.read(items[0]), source.spec, items[0])
+    assert "1 of one colour, the first at 39 (2.5% of frames)" in warning
+    with pytest.raises(Rejected, match=r"^E_CAMERA: .*images\.image.*6 equal frames.*while the state changes"):
+        source.read(items[1])
+    (warning,) = check(source.read(items[2]), source.spec, items[2])  # nothing moved
+    assert "all 6 frames are equal" in warning
 
 
 def test_a_record_that_is_no_example(tmp_path: Path) -> None:

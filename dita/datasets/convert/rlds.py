@@ -17,6 +17,7 @@ allocates nothing that is not in the file.
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 import zlib
@@ -474,7 +475,7 @@ class Steps:
             out = self._decode_bytes(feature, values, tuple(n or 0 for n in shape))
         else:
             flat = self._numbers(name, values)
-            width = int(np.prod([n or 0 for n in shape], dtype=np.int64))
+            width = math.prod(n or 0 for n in shape)
             if width == 0 or len(flat) % width:
                 raise self._odd(name, f"a multiple of {width} values ({feature.about()})", f"{len(flat)}")
             out = flat.reshape(-1, *(n or 0 for n in shape))
@@ -515,10 +516,7 @@ class Steps:
             if frames.min(initial=0) < 0 or frames.max(initial=0) > 255:
                 raise self._odd(name, "values of 0 .. 255", f"{frames.min()} .. {frames.max()}")
             return frames.astype(np.uint8)
-        try:
-            encoded = values.strings()
-        except WireError as e:
-            raise self._odd(name, "encoded pictures", str(e), "E_DTYPE") from None
+        encoded = self._strings(name, values)
         self.lengths[name] = len(encoded)
         check_size((len(encoded), height, width, 3), 1, self._item.file, name, sum(map(len, encoded)))
         out = np.empty((len(encoded), height, width, 3), np.uint8)
@@ -538,6 +536,12 @@ class Steps:
             raise self._odd(name, f"the feature as features.json says ({self._features[key].about()})", "none", "E_KEY")
         return self._features[key], self._example[key]
 
+    def _strings(self, name: str, values: Values) -> tuple[memoryview | bytes, ...]:
+        try:
+            return values.strings()
+        except WireError as e:
+            raise self._odd(name, "a list of bytes", str(e), "E_DTYPE") from None
+
     def _numbers(self, name: str, values: Values) -> np.ndarray:
         try:
             return values.numbers()
@@ -547,10 +551,12 @@ class Steps:
     def _decode_bytes(self, feature: Feature, values: Values, shape: tuple[int, ...]) -> np.ndarray:
         """Decode tensors that are stored as bytes, one value per step, perhaps deflated."""
         dtype = np.dtype(TYPES[feature.dtype])
-        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         name = feature.key.removeprefix("steps/")
+        encoded = self._strings(name, values)
+        check_size((len(encoded), size), 1, self._item.file, name, sum(map(len, encoded)))
         rows = []
-        for i, data in enumerate(values.strings()):
+        for i, data in enumerate(encoded):
             raw = bytes(data)
             if feature.encoding == "zlib":
                 try:
@@ -599,6 +605,16 @@ def check_padding(values: np.ndarray, name: str, item: Item) -> None:
         found = f"{odd} from step {first}{tail} ({bad.mean():.1%} of steps)"
         todo = "cut the episode where its padding begins" if tail else "correct or remove the episode"
         raise reject("E_VALUE", item, f"steps/{name}", "finite numbers", found, todo)
+
+
+def check_frozen(frames: UInt8[np.ndarray, "m h w 3"], state: np.ndarray, camera: str, item: Item) -> None:
+    """Refuse a camera that shows one picture while the robot moves, E_CAMERA."""
+    # frames of one colour have a rule of their own
+    still = len(frames) > 2 and frames[0].min() < frames[0].max() and (frames == frames[0]).all()
+    if still and np.ptp(state, axis=0).any():
+        found = f"{len(frames)} equal frames (100% of frames) while the state changes"
+        todo = "leave the camera out of the embodiment, or the episode out by --quarantine"
+        raise reject("E_CAMERA", item, f"images.{camera}", "frames that change", found, todo)
 
 
 def one_instruction(texts: list[str], name: str, item: Item) -> str:
@@ -684,6 +700,8 @@ class RldsSource:
         state, action, keep = self._vectors(steps, item, count)
         images = {c.name: steps.pictures(self._cameras[c.name], c.height, c.width)[keep] for c in self.spec.cameras}
         check_lengths(steps.lengths, item)
+        for camera, frames in images.items():
+            check_frozen(frames, state, camera, item)
         return Episode(
             images=images,
             state=state,
