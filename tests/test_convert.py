@@ -206,6 +206,19 @@ def test_jpeg_stores_are_close(case, convert, tmp_path) -> None:
     assert np.abs(frames.astype(int) - frames_of(0)).mean() < 12  # noise is the worst picture there is
 
 
+def test_cameras_are_chosen_and_named(case, convert, tmp_path) -> None:
+    path = case.make(tmp_path)
+    key = {"robomimic": "agentview_image", "aloha": "top", "diffusion_policy": "img"}[case.source]
+    name = "corner4" if "--embodiment" in case.args else "front"
+    result = convert(case, path, tmp_path / "s.zarr", "-o", f"cameras={name}:{key}")
+    assert result.code == 0, result.err
+    store = Store(tmp_path / "s.zarr")
+    assert [c.name for c in store.spec.cameras] == [name]
+    assert_holds(tmp_path / "s.zarr", case, range(4))
+    result = convert(case, path, tmp_path / "t.zarr", "-o", "cameras=nose")
+    assert result.code == 1 and f"expected nose, found only {'angle, ' * (key == 'top')}{key}" in result.err
+
+
 def test_unknown_options_say_what_there_is(case, convert, tmp_path) -> None:
     result = convert(case, case.make(tmp_path), tmp_path / "s.zarr", "-o", "nonsense=1")
     assert result.code == 1 and "has no option nonsense; it has" in result.err

@@ -21,6 +21,7 @@ from jaxtyping import Float, UInt8
 
 from dita.datasets.convert import hdf5
 from dita.datasets.convert.base import (
+    CAMERAS_OPTION,
     MAX_EPISODE_BYTES,
     Item,
     Options,
@@ -40,7 +41,10 @@ from dita.datasets.shards import import_simplejpeg
 from dita.embodiment import load_embodiment
 from dita.types import EmbodimentSpec, Episode
 
-OPTIONS = {"jpeg": "colours of compressed frames: swapped (default, as ACT's recorder writes them) or standard"}
+OPTIONS = {
+    "cameras": CAMERAS_OPTION,
+    "jpeg": "colours of compressed frames: swapped (default, as ACT's recorder writes them) or standard",
+}
 
 
 def open_source(path: Path, embodiment: EmbodimentSpec | None, options: Options) -> AlohaSource:
@@ -94,7 +98,7 @@ class AlohaSource:
             found = f"{dims[0]} of qpos, {dims[1]} of action, {dims[2]} of base_action"
             raise refuse_to_guess("aloha", path, {"columns other than 14 and 14, with 2 or no base_action": found})
         guess = embodiment or load_embodiment("mobile_aloha" if dims[2] else "aloha")
-        self._keys = match_cameras(embodiment, list(cameras))
+        self._keys = match_cameras(embodiment, list(cameras), options.extra.get("cameras"), path)
         sizes = {name: cameras[key] for name, key in self._keys.items()}
         hz = options.control_hz or guess.control_hz
         self.spec, notes = fit_spec(guess, sizes, hz, given=embodiment is not None, file=path)

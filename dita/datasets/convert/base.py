@@ -50,6 +50,7 @@ MAX_FRAMES = 10**7  # per episode
 BLANK_SHARE = 0.05  # of an episode's frames
 MIN_FRAMES = 2
 POLARITY_FRAMES = 20  # that a gripper's command and state must have in common to be compared
+CAMERAS_OPTION = "the cameras to take and other names for them: NAME:KEY,KEY,... (default: all)"
 PATH_TODO = "remove it from the input; nothing outside the input folder is read"
 
 
@@ -420,11 +421,27 @@ def rotation_columns(columns: int, fields: tuple[FieldSpec, ...]) -> int | None:
     return left // turns if left % turns == 0 and left // turns in (3, 4, 6) else None
 
 
-def match_cameras(spec: EmbodimentSpec | None, keys: Sequence[str]) -> dict[str, str]:
-    """Return camera name -> key of the data: equal names, or the only camera of both; all keys without a spec."""
-    if spec is None:
-        return {key: key for key in keys}
-    if len(spec.cameras) == len(keys) == 1:
+def match_cameras(
+    spec: EmbodimentSpec | None, keys: Sequence[str], chosen: str | None = None, file: str | Path = ""
+) -> dict[str, str]:
+    """Return camera name -> key of the data.
+
+    Args:
+        spec: given by the user, or None. Its only camera is the data's only camera, whatever that is called.
+        keys: of the data's cameras.
+        chosen: "NAME:KEY,KEY,...", the user's own choice and names.
+        file: for the error.
+
+    Raises:
+        Rejected: E_KEY: a chosen key is no camera of the data.
+    """
+    if chosen:
+        pairs = [text.strip().rpartition(":") for text in chosen.split(",")]
+        if absent := [key for _, _, key in pairs if key not in keys]:
+            todo = "choose with -o cameras=NAME:KEY,..."
+            raise Refused("E_KEY", file, "", "cameras", ", ".join(absent), f"only {', '.join(keys) or 'none'}", todo)
+        return {name or key: key for name, _, key in pairs}
+    if spec is not None and len(spec.cameras) == len(keys) == 1:
         return {spec.cameras[0].name: keys[0]}
     return {key: key for key in keys}
 

@@ -29,6 +29,7 @@ import zstandard
 from jaxtyping import Float, Int, UInt8
 
 from dita.datasets.convert.base import (
+    CAMERAS_OPTION,
     MAX_FRAMES,
     Item,
     Options,
@@ -51,6 +52,8 @@ OPTIONS = {
     "state": "keys of the state, as the embodiment's fields follow each other: state (default), "
     "agent_pos, robot_eef_pose,gripper; columns by state[0:2]",
     "action": "the same for the action: action (default)",
+    "cameras": CAMERAS_OPTION,
+    "quaternion": "order of the quaternions of an absolute rotation: xyzw (default) or wxyz",
 }
 MAX_METADATA = 2**20  # [bytes] of a JSON file
 RESTORE = "restore the file from a copy, or write the data set again"
@@ -78,12 +81,12 @@ class RawEpisode:
     images: Mapping[str, np.ndarray]  # [m, h, w, 3] of any numeric type, by camera name
 
 
-def to_episode(raw: RawEpisode, spec: EmbodimentSpec, instruction: str, item: Item) -> Episode:
+def to_episode(raw: RawEpisode, spec: EmbodimentSpec, instruction: str, order: str, item: Item) -> Episode:
     """Turn an episode's rows into the canonical one: SI by the embodiment, frames uint8."""
     return Episode(
         images={name: _to_uint8(frames, name, item) for name, frames in raw.images.items()},
-        state=assemble(raw.state, spec.state, "xyzw", item.file, "data/state"),
-        action=assemble(raw.action, spec.action, "xyzw", item.file, "data/action"),
+        state=assemble(raw.state, spec.state, order, item.file, "data/state"),
+        action=assemble(raw.action, spec.action, order, item.file, "data/action"),
         stamp=np.arange(len(raw.action)) / spec.control_hz,
         instruction=instruction,
         success=None,
@@ -118,9 +121,12 @@ class ReplayBufferSource:
         if embodiment is None:
             shapes = ", ".join(f"{k} {list(a.shape[1:])}" for k, a in self._arrays.items())
             raise refuse_to_guess("diffusion_policy", path, {"units, frames and rate": f"arrays {shapes or 'none'}"})
+        self._order = options.extra.get("quaternion", "xyzw")
+        if self._order not in ("xyzw", "wxyz"):
+            raise ValueError(f"quaternion must be xyzw or wxyz, got {self._order!r}")
         self._instruction = options.require_instruction(path)
         self._ends = self._episode_ends()
-        self._keys = match_cameras(embodiment, sorted(cameras, key=natural))
+        self._keys = match_cameras(embodiment, sorted(cameras, key=natural), options.extra.get("cameras"), path)
         sizes = {name: (cameras[key].shape[1], cameras[key].shape[2]) for name, key in self._keys.items()}
         hz = options.control_hz or embodiment.control_hz
         self.spec, notes = fit_spec(embodiment, sizes, hz, given=True, file=path)
@@ -155,7 +161,8 @@ class ReplayBufferSource:
             return np.concatenate([part.astype(np.float64) for part in parts], axis=1)
 
         images = {name: self._arrays[key].read(start, stop) for name, key in self._keys.items()}
-        return to_episode(RawEpisode(rows(self._action), rows(self._state), images), self.spec, self._instruction, item)
+        raw = RawEpisode(rows(self._action), rows(self._state), images)
+        return to_episode(raw, self.spec, self._instruction, self._order, item)
 
     def close(self) -> None:
         """Close the archive."""

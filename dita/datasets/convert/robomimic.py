@@ -24,6 +24,7 @@ from jaxtyping import Float, UInt8
 
 from dita.datasets.convert import hdf5
 from dita.datasets.convert.base import (
+    CAMERAS_OPTION,
     Item,
     Options,
     Rejected,
@@ -42,6 +43,7 @@ from dita.types import CameraSpec, EmbodimentSpec, Episode, FieldSpec
 
 OPTIONS = {
     "mask": "convert the demos of mask/<name> only, e.g. train",
+    "cameras": CAMERAS_OPTION,
     "flip": "of the images: auto (default), none, vertical or rotate180",
 }
 FLIPS = {"none": (slice(None), slice(None)), "vertical": (slice(None, None, -1), slice(None)),
@@ -157,7 +159,7 @@ class RobomimicSource:
         if flip not in ("auto", *FLIPS):
             raise ValueError(f"flip must be auto, {', '.join(FLIPS)}; got {flip!r}")
         layout = self._survey()
-        self._keys = match_cameras(embodiment, list(layout.cameras))
+        self._keys = match_cameras(embodiment, list(layout.cameras), options.extra.get("cameras"), path)
         sizes = {name: layout.cameras[key] for name, key in self._keys.items()}
         hz = self._rate(layout, embodiment)
         given = embodiment is not None
