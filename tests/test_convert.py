@@ -763,6 +763,33 @@ def test_robomimic_faults(change, code, found, robomimic, convert, tmp_path) -> 
     assert_holds(out, robomimic, [0, 1, 3])
 
 
+def test_hostile_demo_names_are_rejected_and_printed_harmlessly(robomimic, convert, tmp_path) -> None:
+    path = make_robomimic(tmp_path)
+    with h5py.File(path, "r+") as file:
+        for name in ("..", "x" * 300, "demo\x1b[2J", "demo 7"):
+            write_demo(file, name, {k: v[:4] for k, v in demo_arrays(len(name) % 7).items()})
+    result = convert(robomimic, path, tmp_path / "s.zarr", "--quarantine", "--instruction", "x")
+    assert (result.code, result.account) == (0, "in 8 = written 5 + rejected 3 + already there 0")
+    assert {line["code"] for line in rejections(tmp_path / "s.zarr")} == {"E_PATH"}
+    assert "\x1b" not in result.err + result.out + run.rejected_file(tmp_path / "s.zarr").read_text()
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"env_kwargs": []}, {"env_kwargs": {"robots": 5}}, {"env_kwargs": {"robots": [["Panda"]]}}, [], "x", 3,
+        {"env_kwargs": {"robots": ["Panda"], "control_freq": "20", "controller_configs": {"body_parts": 3}}},
+        {"env_kwargs": {"robots": ["Panda"], "control_freq": 1e400, "controller_configs": {"output_max": "x"}}},
+        {"env_kwargs": {"robots": ["Panda"], "controller_configs": {"type": "OSC_POSE", "output_max": "x"}}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_environments_are_refused_in_one_line(env, robomimic, convert, tmp_path) -> None:
+    path = edit(make_robomimic(tmp_path), lambda f: f["data"].attrs.__setitem__("env_args", json.dumps(env)))
+    result = convert(robomimic, path, tmp_path / "s.zarr")
+    assert result.code == 1 and "--embodiment FILE" in result.err and result.err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [

@@ -41,6 +41,7 @@ from dita.datasets.writer import check_episode
 from dita.embodiment import slices
 from dita.types import CameraSpec, EmbodimentSpec, Episode, FieldSpec
 
+MAX_LINE = 2000  # characters of a message
 MAX_NAME = 200  # characters of a file or key name
 MAX_FRAME_PIXELS = 16 * 2**20  # of one decoded frame
 MAX_EPISODE_BYTES = 16 * 2**30  # of one episode's decoded arrays
@@ -62,7 +63,7 @@ class Rejected(ValueError):
         self.expected, self.found, self.todo = expected, found, todo
         what = ": ".join(part for part in (episode and f"episode {episode}", key) if part)
         where = ": ".join(part for part in (self.file, what) if part)
-        super().__init__(" ".join(f"{code}: {where}: expected {expected}, found {found}; {todo}".split()))
+        super().__init__(printable(f"{code}: {where}: expected {expected}, found {found}; {todo}"))
 
     def __reduce__(self) -> tuple:
         """Pickle by its fields: it crosses processes."""
@@ -141,6 +142,13 @@ class Source(Protocol):
 
 
 # --- names and sizes
+
+
+def printable(text: str) -> str:
+    """Make a text from a file one short line without control characters, which a terminal would obey."""
+    words = " ".join(text.split())
+    words = words if len(words) <= MAX_LINE else f"{words[: MAX_LINE // 2]} ... {words[-MAX_LINE // 2 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 
 def natural(name: str) -> list[Any]:

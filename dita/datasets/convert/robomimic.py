@@ -163,7 +163,7 @@ class RobomimicSource:
         sizes = {name: layout.cameras[key] for name, key in self._keys.items()}
         hz = self._rate(layout, embodiment)
         given = embodiment is not None
-        guess = embodiment if embodiment is not None else infer_embodiment(layout, hz, path)
+        guess = embodiment if embodiment is not None else _infer(layout, hz, path)
         self.spec, notes = fit_spec(guess, sizes, hz, given=given, file=path)
         self.warnings += notes
         self._keys = {c.name: self._keys[c.name] for c in self.spec.cameras}
@@ -283,9 +283,9 @@ class RobomimicSource:
         return seen.layout()
 
     def _rate(self, layout: Layout, embodiment: EmbodimentSpec | None) -> float:
-        declared = layout.env.get("env_kwargs", {}).get("control_freq")
+        declared = _kwargs(layout.env).get("control_freq")
         for hz in (declared, self._options.control_hz, embodiment.control_hz if embodiment else None):
-            if hz:
+            if isinstance(hz, (int, float)) and 0 < hz < float("inf"):
                 return float(hz)
         if layout.env.get("type") != ROBOSUITE:
             return 0.0
@@ -315,13 +315,28 @@ class RobomimicSource:
         return self._options.require_instruction(path)
 
 
+def _infer(layout: Layout, hz: float, path: Path) -> EmbodimentSpec:
+    try:
+        return infer_embodiment(layout, hz, path)
+    except Rejected:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:  # JSON of another shape
+        found = f"not as robosuite writes it: {type(e).__name__}: {e}"
+        raise refuse_to_guess("robomimic", path, {"env_args": found}) from None
+
+
+def _kwargs(env: Mapping[str, Any]) -> dict[str, Any]:
+    found = env.get("env_kwargs")
+    return found if isinstance(found, dict) else {}
+
+
 def infer_embodiment(layout: Layout, hz: float, path: Path) -> EmbodimentSpec:
     """Build the embodiment that env_args and the obs keys describe: Panda arms under OSC or joint control.
 
     Raises:
         Rejected: E_SCHEMA, listing what is missing.
     """
-    kwargs = layout.env.get("env_kwargs", {})
+    kwargs = _kwargs(layout.env)
     robots = [kwargs["robots"]] if isinstance(kwargs.get("robots"), str) else list(kwargs.get("robots", []))
     missing = {}
     if not layout.env or not kwargs:

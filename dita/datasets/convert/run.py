@@ -20,7 +20,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dita.datasets.convert import load_source
-from dita.datasets.convert.base import Item, Options, Refused, Rejected, Source, check, check_name, json_lines, reject
+from dita.datasets.convert.base import (
+    Item,
+    Options,
+    Refused,
+    Rejected,
+    Source,
+    check,
+    check_name,
+    json_lines,
+    printable,
+    reject,
+)
 from dita.datasets.segments import read_json, sealed_segments, staged_episodes
 from dita.datasets.store import Store, StoreError, StoreWriter
 from dita.datasets.writer import content_hash
@@ -165,6 +176,7 @@ class Reader:
     def read(self, item: Item) -> Outcome:
         """Read, convert and check one episode; never raise."""
         try:
+            check_name(item.id, item.file, "episode name")
             episode = self._source.read(item)
             warnings = check(episode, self._source.spec, item)
         except Rejected as e:
@@ -448,8 +460,6 @@ def _check_items(items: Sequence[Item], path: Path) -> None:
         raise Rejected(
             "E_PATH", path, "", "episodes", "names that differ in more than leading zeros", found, "rename one"
         )
-    for item in items:
-        check_name(item.id, item.file, "episode name")
 
 
 def _finish(config: ConvertConfig, tally: Tally) -> None:
@@ -459,7 +469,7 @@ def _finish(config: ConvertConfig, tally: Tally) -> None:
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     warnings = Counter(tally.warnings)
     for text, count in list(warnings.items())[:SHOWN]:
-        errors.print(f"warning: {text}" + (f" ({count} times)" if count > 1 else ""))
+        errors.print(f"warning: {printable(text)}" + (f" ({count} times)" if count > 1 else ""))
     if len(warnings) > SHOWN:
         errors.print(f"warning: and {len(warnings) - SHOWN} more")
     if tally.rejected:
