@@ -166,9 +166,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="IN", type=Path, help="the data set's file or folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="the store, by habit NAME.zarr")
     _add_exist(parser)
-    parser.add_argument(
-        "--quarantine", action="store_true", help="go on after a rejection; OUT.rejected.jsonl lists all of them"
-    )
+    about = "go on after a rejection: write a store of what is good, list the rest in OUT.rejected.jsonl"
+    parser.add_argument("--quarantine", "--repair", action="store_true", help=about)
     parser.add_argument("--embodiment", metavar="NAME|FILE", help="what the robot is, where the format does not tell")
     parser.add_argument("--instruction", metavar="TEXT", help="what is done, where the format does not tell")
     parser.add_argument("--control-hz", metavar="HZ", type=float, help="the rate, where the format does not tell")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -101,6 +102,14 @@ def assert_holds(out: Path, case: Case, numbers: Sequence[int]) -> None:
         np.testing.assert_allclose(store.action(i), case.action(number), rtol=1e-6, atol=1e-7)
         frames = store.read_frames(i, store.spec.cameras[-1].name, range(store.length(i)))
         assert np.array_equal(frames, frames_of(number))
+
+
+def test_every_code_is_explained() -> None:
+    sources = (Path(base.__file__).parent).glob("*.py")
+    used = {code for path in sources for code in re.findall(r"[\"'(]([EW]_[A-Z_]+)[\"']", path.read_text())}
+    assert used - {"E_LOCKED"} <= set(base.CODES)
+    page = (Path(__file__).parents[1] / "docs" / "converting.md").read_text()
+    assert [code for code, about in base.CODES.items() if f"| `{code}` | {about} |" not in page] == []
 
 
 # --- the contract, on every source

@@ -5,20 +5,8 @@ A source is one file `dita/datasets/convert/<name>.py` with
     OPTIONS: dict[str, str]     what `-o key=value` it knows: key -> one line of help (may be empty)
     open_source(path, embodiment, options) -> Source
 
-and one pure function raw -> canonical `Episode` in which the format's quirks die. Input episodes end in exactly one of
-written and rejected with a code; the driver (`run.py`) counts. Codes, each with file, episode, key, expected, found:
-
-    E_PATH       a name, link or size that is a trick: nothing is followed out of the input, nothing inflates a bomb
-    E_TRUNCATED  a file or stream ends early            E_CHECKSUM   its own checksum does not match
-    E_SCHEMA     not this format, or an odd shape       E_LENGTH     arrays of one episode have unequal lengths
-    E_KEY        a key is missing                       E_DTYPE      strings or objects where numbers belong
-    E_EMPTY      fewer than two frames                  E_VALUE      not finite, or outside the limits
-    E_UNITS      degrees for radians, mm for metres     E_POLARITY   gripper outside its range, or upside down
-    E_JOINTS     joint names missing, twice, unknown    E_CAMERA     blank frames in more than 5 % of an episode
-    E_STAMP      not increasing, or not at the rate     E_INSTRUCTION  no instruction, and none was given
-    E_CHUNK_MISSING  data that was never written        E_DUP        in two splits; W_DUP: twice, written once
-    E_LINK       a link inside an archive (HDF5, Zarr)  E_PICKLE     content that would have to be run to be read
-    E_READ       the format's library refused the file  E_CRASH      ... or died of it
+and one pure function raw -> canonical `Episode` in which the format's quirks die. Every input episode ends in exactly
+one of written and rejected with one of CODES; the driver (`run.py`) counts.
 """
 
 from __future__ import annotations
@@ -41,6 +29,38 @@ from dita.datasets.writer import check_episode
 from dita.embodiment import slices
 from dita.types import CameraSpec, EmbodimentSpec, Episode, FieldSpec
 
+# of rejections, each with file, episode, key, what was expected and found; docs/converting.md shows them
+CODES = {
+    "E_PATH": "a name, link or size that is a trick: nothing is followed out of the input, nothing inflates a bomb",
+    "E_LINK": "a link inside a file (HDF5): links are not followed",
+    "E_PICKLE": "content that would have to be run to be read",
+    "E_TRUNCATED": "a file or stream ends early",
+    "E_CHECKSUM": "its own checksum, or the format's library, says that it is damaged",
+    "E_CHUNK_MISSING": "data that was never written and would read as zeros",
+    "E_SCHEMA": "not this format, or an odd shape; also a command that does not say enough",
+    "E_VERSION": "a version of the format that is not known",
+    "E_LAYOUT": "files of another version than the metadata say",
+    "E_KEY": "a key is missing",
+    "E_DTYPE": "strings or objects where numbers belong",
+    "E_LENGTH": "arrays of one episode have unequal lengths",
+    "E_COUNT": "more or fewer episodes or frames than the metadata say",
+    "E_INDEX": "an index has a gap, comes twice or belongs to another episode",
+    "E_EMPTY": "fewer than two frames, or no episode at all",
+    "E_VIDEO": "a video is shorter than its table, or begins elsewhere",
+    "E_STAMP": "stamps do not increase, or not at the rate",
+    "E_STATS": "statistics of other episodes",
+    "E_TASK": "no task, several, or one that is not listed",
+    "E_INSTRUCTION": "no instruction, and none was given",
+    "E_VALUE": "not finite, or outside the field's limits",
+    "E_UNITS": "degrees for radians, millimetres for metres",
+    "E_POLARITY": "a gripper outside its range, or upside down",
+    "E_JOINTS": "joint names missing, twice or unknown",
+    "E_CAMERA": "blank frames in more than 5 % of an episode",
+    "E_DUP": "an episode of another split",
+    "W_DUP": "an episode that is there already: counted, written once; no fault",
+    "E_READ": "the format's library refused it",
+    "E_CRASH": "the process that read it died",
+}
 MAX_LINE = 2000  # characters of a message
 MAX_NAME = 200  # characters of a file or key name
 MAX_FRAME_PIXELS = 16 * 2**20  # of one decoded frame
