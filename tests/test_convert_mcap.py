@@ -172,7 +172,14 @@ def packed(sent: list[Sent], ids: dict[str, int]) -> bytes:
     return b"".join(mcap_record(0x05, struct.pack("<HIQQ", ids[m.topic], 0, m.log, m.log) + m.data()) for m in sent)
 
 
-def write_mcap(path: Path, sent: list[Sent], how: str = "zstd", per_chunk: int = 16, summary: bool = True) -> list[int]:
+def write_mcap(
+    path: Path,
+    sent: list[Sent],
+    how: str = "zstd",
+    per_chunk: int = 16,
+    summary: bool = True,
+    instructions: int | None = None,
+) -> list[int]:
     """Write an MCAP file with chunk CRCs, which rosbags' writer leaves out; return where the chunks begin."""
     head, ids = channels(sent)
     data, places = bags.MAGIC + mcap_record(0x01, text_of("ros2") + text_of("tests")), []
@@ -182,6 +189,11 @@ def write_mcap(path: Path, sent: list[Sent], how: str = "zstd", per_chunk: int =
     data += mcap_record(0x0F, struct.pack("<I", zlib.crc32(data)))
     start = len(data) if summary else 0
     data += head if summary else b""
+    if instructions is not None:
+        counts = {i: sum(m.topic == topic for m in sent) for topic, i in ids.items()}
+        counts[ids["/instruction"]] = instructions
+        pairs = b"".join(struct.pack("<HQ", i, n) for i, n in counts.items())
+        data += mcap_record(0x0B, struct.pack("<QHIIIIQQI", len(sent), 0, 0, 0, 0, 0, 0, 0, len(pairs)) + pairs)
     data += mcap_record(0x02, struct.pack("<QQI", start, 0, 0)) + bags.MAGIC
     path.write_bytes(data)
     return places
@@ -575,7 +587,7 @@ def test_flipped_bits_are_seen_and_reading_goes_on_behind(tmp_path: Path, how: s
 
 def test_a_lost_chunk_splits_even_where_the_gap_is_short(tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
-    places = write_mcap(path, scene(24), "", per_chunk=16)
+    places = write_mcap(path, scene(24), "", per_chunk=16, instructions=1)
     damaged = bytearray(path.read_bytes())
     damaged[places[2] + 200] ^= 1
     path.write_bytes(damaged)
@@ -593,6 +605,22 @@ def test_a_damaged_first_chunk_does_not_lose_the_channels(tmp_path: Path) -> Non
     result = read(path)
     assert result.codes == ["E_CHECKSUM"]
     assert_scene(result.episodes[0], 8, 10, START + 10**10, "pull it")
+
+
+def test_frames_behind_a_lost_instruction_do_not_get_the_old_one(tmp_path: Path) -> None:
+    sent = [*scene(8), *scene(8, START + 10**10, 10, "pull it")]
+    for summary, count in ((True, None), (True, 2), (True, 1)):
+        places = write_mcap(tmp_path / "a.mcap", sent, "", per_chunk=11, summary=summary, instructions=count)
+        damaged = bytearray((tmp_path / "a.mcap").read_bytes())
+        damaged[places[3] + 120] ^= 1  # the fourth chunk begins with "pull it"
+        (tmp_path / "a.mcap").write_bytes(damaged)
+        result = read(tmp_path / "a.mcap")
+        assert [e.instruction for e in result.episodes][:1] == ["push it"]
+        if count == 1:  # the statistics say that none is lost
+            assert [e.instruction for e in result.episodes] == ["push it", "push it"]
+            assert result.codes == ["E_CHECKSUM"]
+        else:
+            assert sorted(result.codes) == ["E_CHECKSUM", "E_INSTRUCTION"] and len(result.episodes) == 1
 
 
 def test_a_truncated_database_gives_the_rows_before(tmp_path: Path) -> None:
@@ -712,7 +740,9 @@ def test_an_unknown_type_is_refused_where_it_is_needed_and_left_out_elsewhere(tm
     odd = Sent("/battery", "my_msgs/msg/Unknown", START, {})
     odd.data = lambda: b"\x00\x01\x00\x00garbage"  # type: ignore[method-assign]
     write_mcap(tmp_path / "a.mcap", [odd, *scene()])
-    assert_scene(read(tmp_path / "a.mcap").episodes[0])
+    result = read(tmp_path / "a.mcap")
+    assert_scene(result.episodes[0])
+    assert result.says("unknown types are left out: /battery (my_msgs/msg/Unknown)")
     with pytest.raises(
         Rejected, match=r"^E_DTYPE: .*/battery: expected sensor_msgs/msg/JointState.*my_msgs/msg/Unknown"
     ):

@@ -68,6 +68,7 @@ class Storage(Protocol):
 
     path: Path
     topics: dict[str, Topic]  # complete after `messages` has run
+    counts: dict[str, int]  # messages by topic, as its statistics say; empty: they say nothing
     checked: bool  # False: some messages have no checksum, so damage in them cannot be seen
 
     def messages(self) -> Iterator[Message | Fault]:
@@ -169,7 +170,7 @@ class McapFile:
         self.path = path
         self.topics: dict[str, Topic] = {}
         self.checked = True
-        self._expected: int | None = None  # messages, as the statistics say
+        self.counts: dict[str, int] = {}
         self._channels: dict[int, str] = {}
         self._unknown: set[int] = set()
         self._schemas: dict[int, str] = {}
@@ -196,8 +197,9 @@ class McapFile:
             else:
                 count += 1
             yield found
-        if self._expected not in (None, count) and not faults:
-            yield Fault("E_TRUNCATED", "statistics", f"{self._expected} messages", f"{count}")
+        expected = sum(self.counts.values())
+        if self.counts and count != expected and not faults:
+            yield Fault("E_TRUNCATED", "statistics", f"{expected} messages", f"{count}")
 
     def _data_section(self) -> Iterator[Message | Fault]:
         at, crc, faults = 8, zlib.crc32(MAGIC), 0
@@ -320,7 +322,8 @@ class McapFile:
                 if op in (SCHEMA, CHANNEL):
                     list(self._small(op, content, (-1, 0)))
                 elif op == STATISTICS:
-                    self._expected = struct.unpack_from("<Q", content)[0]
+                    counts = struct.iter_unpack("<HQ", content[46 : 46 + struct.unpack_from("<I", content, 42)[0]])
+                    self.counts = {self._channels[channel]: n for channel, n in counts if channel in self._channels}
         except (ValueError, struct.error):
             return
 
@@ -340,6 +343,7 @@ class SqliteFile:
         self.path = path
         self.checked = False
         self.topics: dict[str, Topic] = {}
+        self.counts: dict[str, int] = {}
         if path.stat().st_size == 0:
             raise Rejected("E_TRUNCATED", path, "", "", "an SQLite database", "0 bytes", TODO)
         self._db = sqlite3.connect(f"file:{_quoted(path)}?mode=ro&immutable=1", uri=True, check_same_thread=False)
@@ -407,6 +411,7 @@ class Bag:
     name: str  # relative to the input
     files: tuple[Path, ...]
     expected: int | None  # messages, None: not said
+    counts: dict[str, int]  # by topic; empty: not said
     compressed: bool  # every message by itself, zstd
     notes: tuple[str, ...]
 
@@ -420,7 +425,7 @@ def find_bags(root: Path) -> list[Bag]:
     """
     files = list_files(root, ".mcap", ".db3", ".zstd")
     if root.is_file():
-        return [Bag(root.name, (root,), None, False, ())]
+        return [Bag(root.name, (root,), None, {}, False, ())]
     folders = sorted({f.parent for f in files}, key=lambda p: natural(p.relative_to(root).as_posix()))
     bags: list[Bag] = []
     for folder in folders:
@@ -435,7 +440,7 @@ def _loose_bags(here: list[Path], root: Path) -> list[Bag]:
     for path in here:
         groups.setdefault(SPLIT.sub("", path.name.removesuffix(".zstd")), []).append(path)
     note = "no metadata.yaml (was the recorder killed?): read from the front, without a count to check against"
-    return [Bag(_name(paths[0], root), tuple(paths), None, False, (note,)) for paths in groups.values()]
+    return [Bag(_name(paths[0], root), tuple(paths), None, {}, False, (note,)) for paths in groups.values()]
 
 
 def _name(path: Path, root: Path) -> str:
@@ -449,15 +454,17 @@ def _bag_of(folder: Path, here: list[Path], root: Path) -> Bag:
         info = read_metadata(path)
         listed = [str(n) for n in info["relative_file_paths"]]
         expected, mode = int(info["message_count"]), str(info.get("compression_mode") or "none").lower()
+        topics = info["topics_with_message_count"]
+        counts = {str(t["topic_metadata"]["name"]): int(t["message_count"]) for t in topics}
     except (KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError) as e:
         note = f"metadata.yaml cannot be read ({type(e).__name__} {e}): every file is read from its front"
-        return Bag(name, tuple(here), None, False, (" ".join(note.split())[:300],))
+        return Bag(name, tuple(here), None, {}, False, (" ".join(note.split())[:300],))
     files = [safe_path(folder, n, path) for n in listed]
     if mode == "file" or any(f.suffix == ".zstd" for f in files):
         todo = "decompress its files first: zstd -d"
         raise Rejected("E_SCHEMA", path, "", "compression_mode", "none or message", mode, todo)
     notes = [f"{f.name} is not in metadata.yaml and is left out" for f in here if f not in files]
-    return Bag(name, tuple(files), expected, mode == "message", tuple(notes))
+    return Bag(name, tuple(files), expected, counts, mode == "message", tuple(notes))
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def joints_of(data: bytes, kind: str) -> Joints:
     """
     message = deserialize(data, kind)
     if kind == ARRAY:
-        values, none = np.asarray(message.data, float), np.zeros(0)
-        return Joints((), values, values, values if len(values) else none)
+        values = np.asarray(message.data, float)
+        return Joints((), values, values, values)
     if kind == JOINT_STATE:
         return Joints(
             tuple(message.name), *(np.asarray(getattr(message, q)) for q in ("position", "velocity", "effort"))
@@ -176,7 +176,8 @@ class Recording:
     state: Stream
     action: Stream
     instruction: Stream
-    cuts: list[tuple[int, Fault]] = field(default_factory=list)  # (order of the next message, what is lost)
+    cuts: list[tuple[int, Fault]]  # (order of the next message, what is lost)
+    knows_texts: bool  # no instruction is among what is lost
     notes: list[str] = field(default_factory=list)
 
 
@@ -224,6 +225,7 @@ def index(bag: Bag, asked: Mapping[str, str]) -> Recording:
     small = {topic: Stream(topic) for topic in (state, action, instruction)}
     types: dict[str, Topic] = {}
     cuts: list[tuple[int, Fault]] = []
+    counts = dict(bag.counts)
     count, checked = 0, True
     for number, path in enumerate(bag.files):
         try:
@@ -246,6 +248,8 @@ def index(bag: Bag, asked: Mapping[str, str]) -> Recording:
                     _add(small[message.topic], message, kind, count, bag.compressed)
                 count += 1
             types |= storage.topics
+            if len(bag.files) == 1:
+                counts = counts or storage.counts
             checked &= storage.checked
         finally:
             storage.close()
@@ -258,8 +262,12 @@ def index(bag: Bag, asked: Mapping[str, str]) -> Recording:
         cameras = camera_topics(types)
     names = Names(cameras, state, action, instruction)
     streams = {name: pictures.get(topic, Stream(topic)) for name, topic in cameras.items()}
-    found = Recording(bag, names, types, streams, small[state], small[action], small[instruction], cuts)
+    texts = small[instruction]
+    knows_texts = not cuts or counts.get(instruction) == len(texts.order)
+    found = Recording(bag, names, types, streams, small[state], small[action], texts, cuts, knows_texts)
     found.notes += bag.notes
+    if odd := [f"{topic} ({t.type})" for topic, t in types.items() if t.type not in _typestore().types]:
+        found.notes.append(f"topics of unknown types are left out: {', '.join(sorted(odd)[:10])}")
     if not checked:
         found.notes.append("some of its messages have no checksum, so damage inside them cannot be seen")
     return found
@@ -593,7 +601,8 @@ class McapSource:
         slop = int(period / 2 if self._slop is None else self._slop * 1e9)
         session, others_session = split_sessions(main, streams, [at for at, _ in recording.cuts])
         match, missing = _match(stamp, session, streams, others_session, slop)
-        pieces, more = split_episodes(stamp, session, _texts(recording.instruction, main.order), missing)
+        texts = _texts(recording, main.order)
+        pieces, more = split_episodes(stamp, session, texts, missing)
         notes += more
         for stream in (main, *streams, recording.instruction):
             if stream.bad:
@@ -769,10 +778,16 @@ def _joint_counts(fields: Sequence[FieldSpec]) -> set[int]:
     return {sum(f.size for f in fields if _quantity(f) == q) for q in {_quantity(f) for f in fields}}
 
 
-def _texts(stream: Stream, order: Sequence[int]) -> list[str]:
-    """Return the instruction in force when each frame was written."""
-    last = np.searchsorted(np.array(stream.order, np.int64), order, side="right") - 1
-    return [stream.value[i] if i >= 0 else "" for i in last.tolist()]
+def _texts(recording: Recording, order: Sequence[int]) -> list[str]:
+    """Return the instruction in force when each frame was written; unknown where lost data may have changed it."""
+    sent = np.array(recording.instruction.order, np.int64)
+    last = np.searchsorted(sent, order, side="right") - 1
+    texts = [recording.instruction.value[i] if i >= 0 else "" for i in last.tolist()]
+    if recording.knows_texts or not len(sent):
+        return texts
+    cuts = [at for at, _ in recording.cuts]
+    before_frame, before_text = (np.searchsorted(cuts, at, side="right") for at in (order, sent[np.maximum(last, 0)]))
+    return [text if same else "" for text, same in zip(texts, before_frame == before_text, strict=True)]
 
 
 def split_sessions(
