@@ -281,6 +281,31 @@ def test_a_worker_that_dies_rejects_one_episode(robomimic, convert, tmp_path, mo
     assert [line["code"] for line in rejections(tmp_path / "s.zarr")] == ["E_CRASH"]
 
 
+def test_what_a_library_says_about_a_file_is_a_rejection(robomimic, convert, tmp_path, monkeypatch) -> None:
+    def read(self: Any, path: Path, item: Item) -> Episode:
+        raise ZeroDivisionError("by a decoder")
+
+    monkeypatch.setattr("dita.datasets.convert.robomimic.RobomimicSource._read", read)
+    result = convert(robomimic, robomimic.make(tmp_path), tmp_path / "s.zarr", "--quarantine")
+    assert (result.code, result.account) == (1, "in 4 = written 0 + rejected 4 + already there 0")
+    assert {(line["code"], line["found"]) for line in rejections(tmp_path / "s.zarr")} == {
+        ("E_READ", "ZeroDivisionError: by a decoder")
+    }
+
+
+def test_warnings_of_a_kind_are_counted(robomimic, convert, tmp_path) -> None:
+    path = make_robomimic(tmp_path)
+    with h5py.File(path, "r+") as file:
+        for name in ("demo_1", "demo_9"):
+            file[f"data/{name}/obs/robot0_eef_pos"][0, 0] = 2.5
+    result = convert(robomimic, path, tmp_path / "s.zarr")
+    lines = [line for line in result.err.splitlines() if "outside" in line or "eef_pos: expected" in line]
+    assert lines == [
+        "warning: set/demo_000001: state.robot0_eef_pos: expected -2 .. 2 m, found 2.5 at frame 0 (20.0% of frames) "
+        "(2 such)"
+    ]
+
+
 def test_when_everything_is_rejected_there_is_no_store(robomimic, convert, tmp_path) -> None:
     path = tmp_path / "set.hdf5"
     with h5py.File(path, "w") as file:
@@ -511,6 +536,14 @@ def test_episodes_of_no_or_one_frame_are_rejected(frames) -> None:
     spec = make_spec()
     with pytest.raises(Rejected, match=r"^E_EMPTY: .*at least 2 frames, found"):
         check(make_episode(spec, frames), spec, ITEM)
+
+
+def test_joints_that_never_move_are_named() -> None:
+    spec = make_spec(state=[field("arm", "joint_position", 3, 0, bound=2.9) | {"unit": "rad"}])
+    good = make_episode(spec)
+    notes = check(dataclasses.replace(good, state=changed(good.state, (slice(None), 1), 0.5)), spec, ITEM)
+    assert notes == ["episode_000000: state.arm: joints [1] have one value in all 40 frames"]
+    assert copy(notes[0]).group == notes[0].group
 
 
 def test_degrees_in_a_field_of_radians() -> None:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from jaxtyping import Float
@@ -70,6 +70,7 @@ RATIO_FROM = 256 * 2**20  # bytes; smaller arrays do no harm
 MAX_FRAMES = 10**7  # per episode
 BLANK_SHARE = 0.05  # of an episode's frames
 MIN_FRAMES = 2
+STILL_FRAMES = 20  # in which a joint should move
 POLARITY_FRAMES = 20  # that a gripper's command and state must have in common to be compared
 CAMERAS_OPTION = "the cameras to take and other names for them: NAME:KEY,KEY,... (default: all)"
 PATH_TODO = "remove it from the input; nothing outside the input folder is read"
@@ -97,6 +98,21 @@ class Rejected(ValueError):
 
 class Refused(Rejected):
     """The command does not say enough to read anything; no fault of the data, so no episode is counted."""
+
+
+class Note(str):
+    """A warning; the command shows the first of each group, and how many there are."""
+
+    group: str
+
+    def __new__(cls, text: str, group: str) -> Self:
+        note = super().__new__(cls, text)
+        note.group = group
+        return note
+
+    def __getnewargs__(self) -> tuple[str, str]:
+        """Pickle with the group."""
+        return str(self), self.group
 
 
 @dataclass(frozen=True)
@@ -489,7 +505,7 @@ def reject(code: str, item: Item, key: str, expected: str, found: str, todo: str
     return Rejected(code, item.file, item.id, key, expected, found, todo)
 
 
-def check(episode: Episode, spec: EmbodimentSpec, item: Item) -> list[str]:
+def check(episode: Episode, spec: EmbodimentSpec, item: Item) -> list[Note]:
     """Check a canonical episode against its embodiment; return warnings.
 
     Raises:
@@ -509,14 +525,14 @@ def check(episode: Episode, spec: EmbodimentSpec, item: Item) -> list[str]:
         check_episode(episode, spec)
     except StoreError as e:
         raise _from_store(e, item) from None
-    warnings = []
+    warnings: list[Note] = []
     for group, fields, values in (("state", spec.state, episode.state), ("action", spec.action, episode.action)):
         for field, here, _ in slices(fields):
             warnings += _check_range(values[:, here], field, f"{group}.{field.name}", item)
     _check_polarity(episode, spec, item)
     for camera, frames in episode.images.items():
         warnings += _check_camera(frames, camera, item)
-    return [f"{item.id}: {text}" for text in warnings]
+    return [Note(f"{item.id}: {text}", text.group) for text in warnings]
 
 
 def _from_store(error: StoreError, item: Item) -> Rejected:
@@ -532,12 +548,12 @@ def _check_finite(values: Float[np.ndarray, "m d"], key: str, item: Item) -> Non
         raise reject("E_VALUE", item, f"{key}[{dim}]", "finite values", found, "correct or remove the episode")
 
 
-def _check_range(values: Float[np.ndarray, "m d"], field: FieldSpec, key: str, item: Item) -> list[str]:
+def _check_range(values: Float[np.ndarray, "m d"], field: FieldSpec, key: str, item: Item) -> list[Note]:
     """Compare with the field's limits; a little outside is a warning, far outside another unit or damage."""
     low, high = np.array(field.low), np.array(field.high)
     outside = (values < low - 1e-6) | (values > high + 1e-6)
     if not outside.any():
-        return []
+        return _check_moves(values, field, key)
     frame, dim = np.argwhere(outside)[0].tolist()
     share = outside.any(axis=1).mean()
     expected = f"{low[dim]:g} .. {high[dim]:g} {field.unit}"
@@ -547,7 +563,7 @@ def _check_range(values: Float[np.ndarray, "m d"], field: FieldSpec, key: str, i
         if excess.max() > 0.1:
             todo = "1 is open, 0 (or -1) closed: correct scale, low and high of the gripper in the embodiment"
             raise reject("E_POLARITY", item, key, expected, found, todo)
-        return [f"{key}: expected {expected}, found {found}"]
+        return [Note(f"{key}: expected {expected}, found {found}", f"{key} outside")]
     for unit, factor, name in (("rad", np.pi / 180, "degrees"), ("m", 1e-3, "millimetres")):
         reach = np.abs(values).max() / np.maximum(np.abs(low), np.abs(high)).max()
         if field.unit.split("/")[0] == unit and reach > 0.1 / factor and reach < 10 / factor:
@@ -558,7 +574,15 @@ def _check_range(values: Float[np.ndarray, "m d"], field: FieldSpec, key: str, i
     if excess.max() > slack:
         todo = "correct the field's limits in the embodiment, or remove the episode"
         raise reject("E_VALUE", item, key, expected, found, todo)
-    return [f"{key}: expected {expected}, found {found}"]
+    return [Note(f"{key}: expected {expected}, found {found}", f"{key} outside")]
+
+
+def _check_moves(values: Float[np.ndarray, "m d"], field: FieldSpec, key: str) -> list[Note]:
+    if field.kind != "joint_position" or not key.startswith("state.") or len(values) < STILL_FRAMES:
+        return []
+    still = np.flatnonzero(np.ptp(values, axis=0) == 0).tolist()
+    text = f"{key}: joints {still} have one value in all {len(values)} frames"
+    return [Note(text, f"{key} {still} still")] if still else []
 
 
 def _check_polarity(episode: Episode, spec: EmbodimentSpec, item: Item) -> None:
@@ -584,7 +608,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def _check_camera(frames: np.ndarray, camera: str, item: Item) -> list[str]:
+def _check_camera(frames: np.ndarray, camera: str, item: Item) -> list[Note]:
     blank = np.array([frame.min() == frame.max() for frame in frames])
     notes = []
     if blank.any():
@@ -592,9 +616,9 @@ def _check_camera(frames: np.ndarray, camera: str, item: Item) -> list[str]:
         if blank.mean() > BLANK_SHARE:
             expected = f"at most {BLANK_SHARE:.0%} blank frames"
             raise reject("E_CAMERA", item, f"images.{camera}", expected, found, "remove the camera or the episode")
-        notes.append(f"images.{camera}: frames {found}")
+        notes.append(Note(f"images.{camera}: frames {found}", f"{camera} blank"))
     if len(frames) > MIN_FRAMES and all(np.array_equal(frames[0], frame) for frame in frames[1:]):
-        notes.append(f"images.{camera}: all {len(frames)} frames are equal")
+        notes.append(Note(f"images.{camera}: all {len(frames)} frames are equal", f"{camera} frozen"))
     return notes
 
 

@@ -29,7 +29,7 @@ def open_file(path: Path, root: Path) -> h5py.File:
     with path.open("rb") as file:
         signature = file.read(len(SIGNATURE))
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path, "r", locking=False)  # read-only and network file systems cannot lock
     except OSError as e:
         cut = signature == SIGNATURE and "truncated" in str(e)
         code = "E_TRUNCATED" if cut else "E_SCHEMA" if signature != SIGNATURE else "E_CHECKSUM"

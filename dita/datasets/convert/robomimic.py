@@ -27,6 +27,7 @@ from dita.datasets.convert.base import (
     CAMERAS_OPTION,
     Item,
     Options,
+    Refused,
     Rejected,
     assemble,
     check_lengths,
@@ -283,7 +284,10 @@ class RobomimicSource:
         return seen.layout()
 
     def _rate(self, layout: Layout, embodiment: EmbodimentSpec | None) -> float:
-        declared = _kwargs(layout.env).get("control_freq")
+        declared, asked = _kwargs(layout.env).get("control_freq"), self._options.control_hz
+        if declared and asked and declared != asked:
+            todo = "leave --control-hz out"
+            raise Refused("E_STAMP", self._root, "", "control_freq", f"{asked:g} Hz", f"{declared} Hz", todo)
         for hz in (declared, self._options.control_hz, embodiment.control_hz if embodiment else None):
             if isinstance(hz, (int, float)) and 0 < hz < float("inf"):
                 return float(hz)

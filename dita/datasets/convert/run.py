@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dita.datasets.convert import load_source
 from dita.datasets.convert.base import (
     Item,
+    Note,
     Options,
     Refused,
     Rejected,
@@ -467,11 +468,13 @@ def _finish(config: ConvertConfig, tally: Tally) -> None:
     path = rejected_file(config.out)
     path.unlink(missing_ok=True)
     errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    warnings = Counter(tally.warnings)
-    for text, count in list(warnings.items())[:SHOWN]:
-        errors.print(f"warning: {printable(text)}" + (f" ({count} times)" if count > 1 else ""))
-    if len(warnings) > SHOWN:
-        errors.print(f"warning: and {len(warnings) - SHOWN} more")
+    groups: dict[str, list[str]] = {}
+    for text in tally.warnings:
+        groups.setdefault(text.group if isinstance(text, Note) else text, []).append(text)
+    for texts in list(groups.values())[:SHOWN]:
+        errors.print(f"warning: {printable(texts[0])}" + (f" ({len(texts)} such)" if len(texts) > 1 else ""))
+    if len(groups) > SHOWN:
+        errors.print(f"warning: and {len(groups) - SHOWN} more")
     if tally.rejected:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json_lines(tally.rejected)))
