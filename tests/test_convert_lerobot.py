@@ -931,6 +931,41 @@ def test_no_template_leads_out(template: str, video: str) -> None:
     assert path.resolve().is_relative_to(root) and not {"{", "}"} & set(str(path))
 
 
+# --- flipped bits
+
+
+def flip_bits(root: Path, folder: Path, seed: int) -> None:
+    """Flip one bit of one file at a time: everything is read or refused. Runs in a process that Arrow may abort."""
+    rng = np.random.default_rng(seed)
+    files = sorted(p for p in (root / folder).rglob("*") if p.is_file())
+    for _ in range(60):
+        path = files[rng.integers(len(files))]
+        content = path.read_bytes()
+        at = rng.integers(max(0, len(content) - 3000), len(content))  # the footers are at the end
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.integers(8)]) + content[at + 1 :])
+        try:
+            source = opened(root)
+            for item in source.items():
+                try:
+                    source.read(item)
+                except Rejected:
+                    print("refused")
+        except Rejected:
+            print("refused")
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("folder", "media"), [("meta", "image"), ("data", "image"), ("videos", "video")])
+def test_a_flipped_bit_is_read_or_refused(tmp_path: Path, folder: str, media: str) -> None:
+    made = make(tmp_path / "set", "v3.0", media)
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_convert_lerobot as t; from pathlib import Path\n"
+    script += "t.flip_bits(Path(sys.argv[2]), Path(sys.argv[3]), 3)"
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(made.root), folder]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("refused") > 3
+
+
 # --- through the driver
 
 

@@ -135,6 +135,7 @@ class LeRobotSource:
         """Use `open_source`."""
         self.root, self._options, self._tolerance = root, options, _tolerance(options)
         self.warnings: list[str] = []
+        self._groups: dict[str, list[set[int]]] = {}  # table -> the episodes in each of its row groups
         self.info = info = read_info(root)
         self.keys = {
             "state": options.extra.get("state", "observation.state"),
@@ -178,7 +179,8 @@ class LeRobotSource:
         entry, features = self.entries[index], self.info.features
         pictures = [features[key] for key in self.layout.cameras.values()]
         wanted = [*COUNTERS, *self._vectors, *(f.key for f in pictures if f.dtype == "image")]
-        rows = Rows(self.root, entry, [*wanted, *([SUCCESS] if SUCCESS in features else [])])
+        wanted += [SUCCESS] if SUCCESS in features else []
+        rows = Rows(self.root, entry, wanted, self._groups.setdefault(entry.table, []))
         rows.check_counters(self.info.fps, self._tolerance)
         vectors = {key: rows.vectors(features[key]) for key in self._vectors}
         for key, values in vectors.items():
@@ -394,7 +396,7 @@ def _plain(name: str) -> str:
 class Rows:
     """The rows of one episode, by feature."""
 
-    def __init__(self, root: Path, entry: Entry, wanted: list[str]) -> None:
+    def __init__(self, root: Path, entry: Entry, wanted: list[str], groups: list[set[int]]) -> None:
         """Read the wanted features from the episode's own parquet (v2.1), or by episode_index from a shared one (v3.0).
 
         Raises:
@@ -407,7 +409,7 @@ class Rows:
         if missing := [key for key in wanted if key not in names]:
             raise self.no("E_KEY", missing[0], "a column", f"only {', '.join(names)}", OTHERS)
         with damage(self.path, self.episode):
-            self.table = _read_rows(file, wanted, None if entry.first is None else entry.index)
+            self.table = _read_rows(file, wanted, None if entry.first is None else entry.index, groups)
         if self.table.num_rows != entry.length:
             raise self.no("E_LENGTH", "length", f"{entry.length} rows as in meta", f"{self.table.num_rows}", OTHERS)
 
@@ -509,21 +511,22 @@ class Rows:
         return decode_picture(data, self.path, key)
 
 
-def _read_rows(file: pq.ParquetFile, columns: list[str], episode: int | None) -> pa.Table:
-    """Read all rows, or, batch by batch, those of one episode of a shared file."""
+def _read_rows(file: pq.ParquetFile, columns: list[str], episode: int | None, groups: list[set[int]]) -> pa.Table:
+    """Read all rows, or, batch by batch, those of one episode of a shared file.
+
+    `groups`, the episodes in each row group, is filled when empty: the file's own statistics would tell them too, but
+    Arrow aborts the process when those are damaged.
+    """
     if episode is None:
         return file.read(columns, use_threads=False)
-    groups = [g for g in range(file.num_row_groups) if _may_hold(file.metadata.row_group(g), episode)]
-    batches = file.iter_batches(256, row_groups=groups, columns=columns, use_threads=False)
+    if not groups:
+        indices = (file.read_row_group(g, ["episode_index"], use_threads=False) for g in range(file.num_row_groups))
+        groups += [set(table["episode_index"].unique().to_pylist()) for table in indices]
+    mine = [g for g, held in enumerate(groups) if episode in held]
+    batches = file.iter_batches(256, row_groups=mine, columns=columns, use_threads=False)
     kept = [b.filter(pa.array(b.column("episode_index").to_numpy(zero_copy_only=False) == episode)) for b in batches]
     schema = kept[0].schema if kept else pa.schema([file.schema_arrow.field(name) for name in columns])
     return pa.Table.from_batches(kept, schema)
-
-
-def _may_hold(group: pq.RowGroupMetaData, episode: int) -> bool:
-    columns = (group.column(i) for i in range(group.num_columns))
-    stats = next((c.statistics for c in columns if c.path_in_schema == "episode_index"), None)
-    return stats is None or not stats.has_min_max or stats.min <= episode <= stats.max
 
 
 def check_stats(values: Float64[np.ndarray, "m d"], stats: Mapping[str, np.ndarray], rows: Rows, key: str) -> None:

@@ -153,7 +153,7 @@ def _feature(key: str, values: Any, path: Path) -> Feature:
     if not isinstance(values, dict):
         raise Rejected("E_SCHEMA", path, "", f"features.{key}", "dtype and shape", f"{values!r:.60}", EDIT)
     dtype, shape = _get(values, "dtype", str, path), _get(values, "shape", list, path)
-    if not all(isinstance(n, int) and 0 < n < 2**20 for n in shape):
+    if not all(type(n) is int and 0 < n < 2**20 for n in shape):
         raise Rejected("E_SCHEMA", path, "", f"features.{key}.shape", "positive numbers", f"{shape}", EDIT)
     names = tuple(_names(values.get("names")))
     if dtype not in ("image", "video"):
@@ -476,10 +476,11 @@ def _tasks_v30(root: Path) -> list[MetaRow]:
     file = open_parquet(path, "")
     with damage(path, ""):
         table = file.read(use_threads=False)
+        rows = table.to_pylist()
     texts = [f.name for f in table.schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
     if len(texts) != 1:  # the pandas index: __index_level_0__, or a name that somebody gave it
         raise Rejected("E_SCHEMA", path, "", "task", "one column of texts", ", ".join(table.column_names), EDIT)
-    return [MetaRow({**row, "task": row[texts[0]]}, path) for row in table.to_pylist()]
+    return [MetaRow({**row, "task": row[texts[0]]}, path) for row in rows]
 
 
 # --- values out of JSON and parquet
@@ -556,15 +557,16 @@ def open_parquet(path: Path, episode: str) -> pq.ParquetFile:
     """Open a parquet file.
 
     Raises:
-        Rejected: E_CHUNK_MISSING: it does not exist; E_TRUNCATED: it has no footer.
+        Rejected: E_CHUNK_MISSING: it does not exist; E_TRUNCATED: it has no footer; E_CHECKSUM: the footer is damaged.
     """
     if not path.is_file():
         raise Rejected("E_CHUNK_MISSING", path, episode, "", "a parquet file", "none", OTHERS)
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as e:
+        return pq.ParquetFile(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError, ValueError) as e:  # names that are no UTF-8 are a plain ValueError
+        code = "E_CHECKSUM" if path.read_bytes()[-4:] == b"PAR1" else "E_TRUNCATED"
         found = f"{path.stat().st_size} bytes: {e}"
-        raise Rejected("E_TRUNCATED", path, episode, "", "a parquet file with its footer", found, OTHERS) from None
+        raise Rejected(code, path, episode, "", "a parquet file with its footer", found, OTHERS) from None
 
 
 @contextmanager
@@ -572,5 +574,5 @@ def damage(path: Path, episode: str) -> Iterator[None]:
     """Turn what Arrow raises while it reads pages into a refusal, E_CHECKSUM."""
     try:
         yield
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         raise Rejected("E_CHECKSUM", path, episode, "", "readable pages", f"{e}", OTHERS) from None

@@ -42,10 +42,12 @@ def read_frames(
         raise no("E_CHUNK_MISSING", "an mp4 file", "none")
     try:
         # the format is named, since a playlist that calls itself mp4 would open other files
-        with av.open(str(path.absolute()), format="mp4") as container:
+        with av.open(str(path.absolute()), format="mp4", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise no("E_SCHEMA", "a video", "none")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise no("E_SCHEMA", "a codec that PyAV decodes (AV1, H.264, HEVC)", "another")
             check_pixels(stream.width, stream.height, path, key)
             stream.codec_context.thread_count = 1  # the workers share the cores
             return _decode(container, stream, times, tolerance, size, whole, no)
