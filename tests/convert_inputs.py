@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,10 @@ from typing import Any
 import h5py
 import numcodecs
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import simplejpeg
+from PIL import Image
 
 SIZE = 16
 ENV_ARGS = {
@@ -192,7 +196,67 @@ def replay_action(number: int) -> np.ndarray:
     return replay_arrays(number)["action"] * [0.01, 0.01, 0.01, -1.0]
 
 
+# --- LeRobot v2.1 with pictures in the tables; v3.0 and videos: test_convert_lerobot.py
+
+ALOHA_JOINTS = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
+
+
+def png(frame: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_lerobot(root: Path, number: int, start: int) -> None:
+    arrays, count = aloha_arrays(number), np.arange(length_of(number))
+    vectors = {"observation.state": arrays["observations/qpos"], "action": arrays["action"]}
+    table = {key: pa.FixedSizeListArray.from_arrays(values.reshape(-1), 14) for key, values in vectors.items()}
+    table["observation.images.top"] = [{"bytes": png(frame), "path": None} for frame in frames_of(number)]
+    table |= {"timestamp": (count / 50).astype(np.float32), "frame_index": count, "index": start + count}
+    table |= {"episode_index": 0 * count + number, "task_index": 0 * count}
+    pq.write_table(pa.table(table), root / f"data/chunk-000/episode_{number:06d}.parquet")
+    lines = {
+        "episodes": {"episode_index": number, "tasks": ["hold"], "length": len(count)},
+        "episodes_stats": {"episode_index": number, "stats": {
+            key: {"min": v.min(0).tolist(), "max": v.max(0).tolist(), "count": [len(v)]} for key, v in vectors.items()
+        }},
+    }  # fmt: skip
+    for name, line in lines.items():
+        with (root / f"meta/{name}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def make_lerobot(folder: Path) -> Path:
+    root = folder / "set"
+    (root / "meta").mkdir(parents=True)
+    (root / "data/chunk-000").mkdir(parents=True)
+    starts = np.cumsum([0, *(length_of(number) for number in range(4))]).tolist()
+    for number in range(4):
+        write_lerobot(root, number, starts[number])
+    (root / "meta/tasks.jsonl").write_text(json.dumps({"task_index": 0, "task": "hold"}) + "\n")
+    joints = [f"{side}_{joint}" for side in ("left", "right") for joint in ALOHA_JOINTS]
+    vector = {"dtype": "float32", "shape": [14], "names": {"motors": joints}}
+    counters = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+    features = {key: {"dtype": "int64", "shape": [1], "names": None} for key in counters}
+    features |= {"observation.state": vector, "action": vector}
+    shape = [*frames_of(0).shape[1:]]
+    features["observation.images.top"] = {"dtype": "image", "shape": shape, "names": ["height", "width", "channel"]}
+    (root / "meta/info.json").write_text(json.dumps({
+        "codebase_version": "v2.1", "robot_type": "aloha", "total_episodes": 4, "total_frames": starts[-1],
+        "chunks_size": 1000, "fps": 50, "splits": {"train": "0:4"}, "video_path": None, "features": features,
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+    }))  # fmt: skip
+    return root
+
+
+def spoil_lerobot(path: Path) -> str:
+    file = path / "data/chunk-000/episode_000002.parquet"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return "E_TRUNCATED"
+
+
 CASES = {
+    "lerobot": Case("lerobot", make_lerobot, (), spoil_lerobot, lambda number: aloha_arrays(number)["action"]),
     "robomimic": Case("robomimic", make_robomimic, (), spoil_robomimic, robomimic_action),
     "aloha": Case(
         "aloha", make_aloha, ("--instruction", "hold"), spoil_aloha, lambda number: aloha_arrays(number)["action"]

@@ -217,7 +217,8 @@ def test_jpeg_stores_are_close(case, convert, tmp_path) -> None:
 
 def test_cameras_are_chosen_and_named(case, convert, tmp_path) -> None:
     path = case.make(tmp_path)
-    key = {"robomimic": "agentview_image", "aloha": "top", "diffusion_policy": "img"}[case.source]
+    keys = {"robomimic": "agentview_image", "aloha": "top", "lerobot": "top", "diffusion_policy": "img"}
+    key = keys[case.source]
     name = "corner4" if "--embodiment" in case.args else "front"
     result = convert(case, path, tmp_path / "s.zarr", "-o", f"cameras={name}:{key}")
     assert result.code == 0, result.err

@@ -517,6 +517,18 @@ def test_the_only_camera_goes_by_any_name(tmp_path: Path) -> None:
         np.testing.assert_array_equal(source.read(source.items()[0]).images[name], made.frames[0])
 
 
+def test_cameras_can_be_chosen_and_named(tmp_path: Path) -> None:
+    made = make(tmp_path / "set", "v3.0", "image")
+    edit_info(made.root, lambda v: v["features"].update({"observation.images.side": v["features"][CAMERA]}))
+    source = opened(
+        made.root, arm(cameras=[{"name": "front", "height": H, "width": W, "slot": 0}]), cameras="front:top"
+    )
+    np.testing.assert_array_equal(source.read(source.items()[0]).images["front"], made.frames[0])
+    assert any("observation.images.side" in text for text in source.warnings)
+    with pytest.raises(Refused, match=r"E_KEY: .*expected back, found only top, side"):
+        opened(made.root, cameras="back")
+
+
 # --- what is wrong: (mutation, the episodes it costs -> code, part of the text)
 
 

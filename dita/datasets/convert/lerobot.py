@@ -25,6 +25,7 @@ import yaml
 from jaxtyping import Float64, UInt8
 
 from dita.datasets.convert.base import (
+    CAMERAS_OPTION,
     Item,
     Options,
     Refused,
@@ -66,6 +67,7 @@ from dita.types import EmbodimentSpec, Episode, FieldSpec
 OPTIONS = {
     "action": "feature that holds the actions (default: action)",
     "state": "feature that holds the state (default: observation.state)",
+    "cameras": CAMERAS_OPTION,
     "quaternion": "order of quaternions, where there are any: wxyz or xyzw",
     "tolerance": "seconds between a row and its video frame (default: 1e-4, as lerobot)",
     "write_embodiment": "write a file to edit for --embodiment, made from the features, and stop",
@@ -231,7 +233,8 @@ class LeRobotSource:
         colour = [f.key for f in features.values() if f.dtype in ("image", "video") and f.shape[2] == 3]
         wanted = {c.name for c in given.cameras} if given else set()
         short = {(key if key in wanted else camera_name(key)): key for key in colour}
-        cameras = {name: short[key] for name, key in match_cameras(given, list(short)).items()}
+        chosen = match_cameras(given, list(short), extra.get("cameras"), where)
+        cameras = {name: short[key] for name, key in chosen.items()}
         if target := extra.get("write_embodiment"):
             self._write_embodiment(Path(target), {name: features[key] for name, key in cameras.items()})
         spec = given or infer(self.info, self.entries.values(), self.keys, where)
@@ -247,12 +250,12 @@ class LeRobotSource:
                 notes.append(f"{key} reordered by name: {moved}")
         names = {c.name: cameras[c.name] for c in self.spec.cameras}
         self.layout = Layout(self.spec, names, **order, quaternion=extra.get("quaternion", "wxyz"))
-        self.warnings += [*notes, *self._left_out(set(colour))]
+        self.warnings += [*notes, *self._left_out(set(cameras.values()))]
         if given is None:
             self.warnings.append(f"embodiment {spec.name}: by robot_type, names and range of the values")
 
-    def _left_out(self, colour: set[str]) -> Iterator[str]:
-        used = {*self.keys.values(), *colour, *COUNTERS, SUCCESS}
+    def _left_out(self, cameras: set[str]) -> Iterator[str]:
+        used = {*self.keys.values(), *cameras, *COUNTERS, SUCCESS}
         if left := [key for key in self.info.features if key not in used]:
             yield f"features left out, since a store has no place for them: {', '.join(left)}"
 
