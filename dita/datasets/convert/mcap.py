@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from dita.datasets.convert.base import (
     check_pixels,
     check_size,
     fit_spec,
+    match_cameras,
     padded,
     refuse_to_guess,
     reject,
@@ -68,6 +69,7 @@ OPTIONS = {
     "clock": "header (default) or log: which stamps to go by",
 }
 COMPRESSED = "sensor_msgs/msg/CompressedImage"
+PICTURES = (IMAGE, COMPRESSED)
 ACTIONS = (JOINT_TRAJECTORY, JOINT_STATE, ARRAY)
 GAP = 500_000_000  # [ns] between frames that ends an episode
 SKEW = 50_000_000  # [ns] likewise, worth a warning
@@ -155,30 +157,25 @@ def joints_of(data: bytes, kind: str) -> Joints:
     return Joints(tuple(message.joint_names), *values)
 
 
-@dataclass(frozen=True)
-class Names:
-    """Which topics a bag is read from."""
-
-    cameras: Mapping[str, str]  # name -> topic
-    state: str
-    action: str
-    instruction: str
-
-
 @dataclass
 class Recording:
     """One bag, indexed: small messages decoded, pictures by their place."""
 
     bag: Bag
-    names: Names
     types: dict[str, Topic]
-    cameras: dict[str, Stream]
+    pictures: dict[str, Stream]  # by topic
     state: Stream
     action: Stream
     instruction: Stream
     cuts: list[tuple[int, Fault]]  # (order of the next message, what is lost)
     knows_texts: bool  # no instruction is among what is lost
     notes: list[str] = field(default_factory=list)
+    cameras: dict[str, Stream] = field(default_factory=dict)  # by our names
+
+    @property
+    def file(self) -> str:
+        """Where it begins, for errors."""
+        return str(self.bag.files[0])
 
 
 def picture_message_size(message: Any, file: str, key: str) -> tuple[int, int]:
@@ -200,13 +197,21 @@ def camera_name(topic: str) -> str:
     return topic.strip("/").replace("/", "_")
 
 
-def camera_topics(topics: Mapping[str, Topic]) -> dict[str, str]:
-    """Return camera name -> topic; of a raw and a compressed stream of one camera the raw one."""
-    found: dict[str, str] = {}
-    for topic in sorted(topics, key=lambda t: (topics[t].type != IMAGE, len(t), t)):
-        if topics[topic].type in (IMAGE, COMPRESSED) and "depth" not in topic.lower():
-            found.setdefault(camera_name(topic), topic)
-    return found
+def name_cameras(recording: Recording, spec: EmbodimentSpec | None, chosen: str | None) -> dict[str, Stream]:
+    """Return camera name -> its stream; of a raw and a compressed stream of one camera the raw one.
+
+    Raises:
+        Refused: E_KEY: a chosen topic has no pictures.
+    """
+    types = recording.types
+    topics = sorted((t for t in types if types[t].type in PICTURES), key=lambda t: (types[t].type != IMAGE, len(t), t))
+    if chosen:
+        named = match_cameras(spec, topics, chosen, recording.file)
+        found = {camera_name(name) if name == topic else name: topic for name, topic in named.items()}
+    else:
+        every = {camera_name(t): t for t in reversed(topics) if "depth" not in t.lower()}
+        found = {name: every[key] for name, key in match_cameras(spec, sorted(every)).items()}
+    return {name: recording.pictures.get(topic, Stream(topic)) for name, topic in found.items()}
 
 
 def index(bag: Bag, asked: Mapping[str, str]) -> Recording:
@@ -241,7 +246,7 @@ def index(bag: Bag, asked: Mapping[str, str]) -> Recording:
                     cuts.append((count, message._replace(where=f"{path.name}: {message.where}")))
                     continue
                 kind = storage.topics[message.topic].type
-                if kind in (IMAGE, COMPRESSED):
+                if kind in PICTURES:
                     stream = pictures.setdefault(message.topic, Stream(message.topic))
                     _add(stream, message, kind, count, bag.compressed, place=(number, message.place))
                 elif message.topic in small:
@@ -255,29 +260,15 @@ def index(bag: Bag, asked: Mapping[str, str]) -> Recording:
             storage.close()
     if bag.expected is not None and not cuts and count != bag.expected:
         cuts.append((count, Fault("E_TRUNCATED", "metadata.yaml", f"{bag.expected} messages", f"{count}")))
-    if "cameras" in asked:
-        pairs = [part.partition(":") for part in asked["cameras"].split(",")]
-        cameras = {name.strip(): topic.strip() for name, _, topic in pairs}
-    else:
-        cameras = camera_topics(types)
-    names = Names(cameras, state, action, instruction)
-    streams = {name: pictures.get(topic, Stream(topic)) for name, topic in cameras.items()}
     texts = small[instruction]
     knows_texts = not cuts or counts.get(instruction) == len(texts.order)
-    found = Recording(bag, names, types, streams, small[state], small[action], texts, cuts, knows_texts)
+    found = Recording(bag, types, pictures, small[state], small[action], texts, cuts, knows_texts)
     found.notes += bag.notes
     if odd := [f"{topic} ({t.type})" for topic, t in types.items() if t.type not in _typestore().types]:
         found.notes.append(f"topics of unknown types are left out: {', '.join(sorted(odd)[:10])}")
     if not checked:
         found.notes.append("some of its messages have no checksum, so damage inside them cannot be seen")
     return found
-
-
-def rename_camera(recording: Recording, name: str) -> None:
-    """Give the only camera of a bag another name."""
-    ((old, topic),) = recording.names.cameras.items()
-    recording.names = replace(recording.names, cameras={name: topic})
-    recording.cameras = {name: recording.cameras[old]}
 
 
 def _add(
@@ -493,7 +484,7 @@ class McapSource:
             raise self._refuse(first)
         self._joints, self._action_joints = self._choose_joints(first.recording, embodiment)
         sizes = {name: self._camera_size(first.recording, name) for name in self._needed(first.recording)}
-        absent = {name: (0, 0) for name in first.recording.names.cameras if name not in sizes}
+        absent = {name: (0, 0) for name in first.recording.cameras if name not in sizes}
         rate = self._options.control_hz or embodiment.control_hz
         rate = rate if abs(first.hz / rate - 1) < 0.1 else first.hz  # jitter is no other rate
         self.spec, notes = fit_spec(embodiment, sizes | absent, rate, given=True, file=self._path)
@@ -568,7 +559,7 @@ class McapSource:
         raise error
 
     def _needed(self, recording: Recording) -> list[str]:
-        cameras = recording.names.cameras
+        cameras = recording.cameras
         return list(cameras) if self._given is None else [c.name for c in self._given.cameras if c.name in cameras]
 
     def _make_plan(self, name: str) -> Plan:
@@ -581,8 +572,7 @@ class McapSource:
         for path in bag.files:
             check_inside(self._path if self._path.is_dir() else self._path.parent, path)
         recording = index(bag, self._asked)
-        if self._given is not None and len(self._given.cameras) == len(recording.cameras) == 1:
-            rename_camera(recording, self._given.cameras[0].name)
+        recording.cameras = name_cameras(recording, self._given, self._asked.get("cameras"))
         try:
             cameras = self._cameras(recording)
             self._check_topics(recording, cameras)
@@ -591,11 +581,11 @@ class McapSource:
                 raise
             fault = recording.cuts[0][1]  # why it lacks something
             found = f"{fault.found}, and the rest has no {e.key}"
-            raise Rejected(fault.code, name, "", fault.where, fault.expected, found, TODO) from None
+            raise Rejected(fault.code, recording.file, "", fault.where, fault.expected, found, TODO) from None
         main, *others = (recording.cameras[c] for c in cameras)
         streams = [*others, recording.state, recording.action]
         notes = [*recording.notes, *_clock_notes([main, *streams], self._asked.get("clock", "header"))]
-        notes += check_clocks([main, *streams], main.topic)
+        notes += check_clocks([main, *streams], recording.file)
         stamp = np.array(main.stamp)
         period = float(np.median(np.diff(np.sort(stamp)))) if len(stamp) > 1 else 0.0
         slop = int(period / 2 if self._slop is None else self._slop * 1e9)
@@ -617,39 +607,34 @@ class McapSource:
 
     def _cameras(self, recording: Recording) -> list[str]:
         """Return the cameras to read, the one that sets the frames first."""
-        cameras = recording.names.cameras
-        file = recording.bag.name
+        cameras = recording.cameras
         if self._given is not None and (absent := [c.name for c in self._given.cameras if c.name not in cameras]):
-            have = ", ".join(f"{n} ({t})" for n, t in cameras.items()) or "none"
+            have = ", ".join(f"{n} ({s.topic})" for n, s in cameras.items()) or "none"
             todo = "rename the embodiment's cameras, or -o cameras=NAME:TOPIC"
-            raise Rejected("E_KEY", file, "", "cameras", ", ".join(absent), f"only {have}", todo)
+            raise Rejected("E_KEY", recording.file, "", "cameras", ", ".join(absent), f"only {have}", todo)
         names = self._needed(recording)
         if not names:
             found = ", ".join(f"{t} ({k.type})" for t, k in recording.types.items()) or "no topics"
-            raise Rejected("E_KEY", file, "", "cameras", f"a topic of {IMAGE} or {COMPRESSED}", found, TODO)
+            raise Rejected("E_KEY", recording.file, "", "cameras", f"a topic of {' or '.join(PICTURES)}", found, TODO)
         return names
 
     def _check_topics(self, recording: Recording, cameras: Sequence[str]) -> None:
-        names = recording.names
-        wanted: dict[str, tuple[str, ...]] = {names.cameras[c]: (IMAGE, COMPRESSED) for c in cameras}
-        wanted |= {names.state: (JOINT_STATE,), names.action: ACTIONS}
-        streams = {s.topic: s for s in (*recording.cameras.values(), recording.state, recording.action)}
-        if names.instruction in recording.types:
-            wanted[names.instruction] = (STRING,)
-            streams[names.instruction] = recording.instruction
-        for topic, kinds in wanted.items():
-            option = next((k for k in ("state", "action", "instruction") if getattr(names, k) == topic), "cameras")
-            todo = f"name another topic: -o {option}=TOPIC"
+        file, needed = recording.file, [recording.cameras[c] for c in cameras]
+        wanted: list[tuple[str, Stream, tuple[str, ...]]] = [("cameras", stream, PICTURES) for stream in needed]
+        wanted += [("state", recording.state, (JOINT_STATE,)), ("action", recording.action, ACTIONS)]
+        if recording.instruction.topic in recording.types:
+            wanted.append(("instruction", recording.instruction, (STRING,)))
+        for option, stream, kinds in wanted:
+            topic, todo = stream.topic, f"name another topic: -o {option}=TOPIC"
             if topic not in recording.types:
                 have = ", ".join(f"{t} ({k.type})" for t, k in sorted(recording.types.items())) or "no topics"
-                raise Rejected("E_KEY", recording.bag.name, "", topic, "the topic", f"only {have}", todo)
+                raise Rejected("E_KEY", file, "", topic, "the topic", f"only {have}", todo)
             kind, encoding = recording.types[topic]
             if kind not in kinds or encoding != "cdr":
                 found = f"{kind} in {encoding}"
-                raise Rejected("E_DTYPE", recording.bag.name, "", topic, f"{' or '.join(kinds)} in cdr", found, todo)
-            if not streams[topic].order:
-                found = f"none ({len(streams[topic].bad)} do not parse)"
-                raise Rejected("E_EMPTY", recording.bag.name, "", topic, "messages", found, todo)
+                raise Rejected("E_DTYPE", file, "", topic, f"{' or '.join(kinds)} in cdr", found, todo)
+            if not stream.order:
+                raise Rejected("E_EMPTY", file, "", topic, "messages", f"none ({len(stream.bad)} do not parse)", todo)
 
     def _choose_joints(self, recording: Recording, spec: EmbodimentSpec) -> tuple[list[str], list[str]]:
         """Return the joints of state and action, in the order of the embodiment's fields."""
@@ -668,7 +653,7 @@ class McapSource:
                     expected = f"{width} joints: {', '.join(f'{f.name}[{f.size}]' for f in fields)}"
                     found = f"{len(joints)}: {', '.join(joints)}"
                     todo = f"say which in the order of the fields: -o {group}=NAME,..."
-                    raise Refused("E_JOINTS", recording.bag.name, "", group, expected, found, todo)
+                    raise Refused("E_JOINTS", recording.file, "", group, expected, found, todo)
             out.append(joints)
         if action and set(action) >= set(out[1]) and [n for n in state if n in out[0]] != out[0]:
             # positions of the two lists differ: say how they are put together
@@ -685,7 +670,7 @@ class McapSource:
         told = {
             "fields, units and limits of the state": f"joints {', '.join(recording.state.value[0].names)}",
             "fields of the action": f"{recording.action.topic}, {recording.types[recording.action.topic].type}",
-            "cameras": ", ".join(f"{n} = {t}" for n, t in recording.names.cameras.items()),
+            "cameras": ", ".join(f"{n} = {s.topic}" for n, s in recording.cameras.items()),
             "the rate": f"{plan.hz:.3g} Hz",
         }
         return refuse_to_guess("a bag", self._path, told)
@@ -706,11 +691,11 @@ class McapSource:
         for place in stream.place[:100]:
             try:
                 message = deserialize(self._fetch(recording, place), recording.types[stream.topic].type)
-                return picture_message_size(message, recording.bag.name, stream.topic)
+                return picture_message_size(message, recording.file, stream.topic)
             except (ValueError, Rejected):
                 continue
         found = f"none in {min(len(stream.place), 100)} messages"
-        raise Rejected("E_SCHEMA", recording.bag.name, "", stream.topic, "a picture", found, TODO)
+        raise Rejected("E_SCHEMA", recording.file, "", stream.topic, "a picture", found, TODO)
 
     def _pictures(self, plan: Plan, name: str, frames: np.ndarray, size: tuple[int, int], item: Item) -> np.ndarray:
         recording, stream = plan.recording, plan.recording.cameras[name]

@@ -41,6 +41,7 @@ from dita.datasets.convert.base import (
     check_name,
     check_size,
     fit_spec,
+    match_cameras,
     natural,
     refuse_to_guess,
     reject,
@@ -56,7 +57,7 @@ from dita.types import EmbodimentSpec, Episode, FieldSpec
 OPTIONS = {
     "state": "feature under steps/ that holds the state vector, e.g. observation/proprio",
     "action": "feature under steps/ that holds the action vector",
-    "cameras": "other camera names, NAME:FEATURE,... e.g. front:image,hand:wrist_image",
+    "cameras": "NAME:FEATURE,... to choose and name cameras, e.g. front:image,hand:wrist_image",
     "language": "feature under steps/ that holds the instruction, e.g. language_instruction_2",
     "transform": "a dataset of the OXE table whose layout this one has, or none for the plain one",
     "split": "only this split",
@@ -757,16 +758,9 @@ class RldsSource:
     def _name_cameras(self, spec: EmbodimentSpec | None) -> dict[str, str]:
         """Return camera name -> feature under steps/; the only camera of both needs no equal names."""
         keys = [k.removeprefix("steps/") for k, f in self._features.items() if k.startswith("steps/") and f.is_picture]
-        if text := self._options.extra.get("cameras"):
-            pairs = [part.partition(":") for part in text.split(",")]
-            named = {name.strip(): key.strip() for name, _, key in pairs}
-            full = {n: k if k in keys else f"observation/{k}" for n, k in named.items()}
-            if bad := [k for k in full.values() if k not in keys]:
-                raise ValueError(f"-o cameras: no picture {', '.join(bad)}; there are {', '.join(keys) or 'none'}")
-            return full
-        if spec is not None and len(spec.cameras) == len(keys) == 1:
-            return {spec.cameras[0].name: keys[0]}
-        return {key.removeprefix("observation/").replace("/", "_"): key for key in keys}
+        named = {key.removeprefix("observation/").replace("/", "_"): key for key in keys}
+        chosen = match_cameras(spec, list(named), self._options.extra.get("cameras"), self._root / "features.json")
+        return {name: named[key] for name, key in chosen.items()}
 
     def _size(self, key: str) -> tuple[int, int]:
         """Return (height, width) of a camera: of features.json, or of the first picture that can be read."""
