@@ -218,6 +218,7 @@ def test_jpeg_stores_are_close(case, convert, tmp_path) -> None:
 def test_cameras_are_chosen_and_named(case, convert, tmp_path) -> None:
     path = case.make(tmp_path)
     keys = {"robomimic": "agentview_image", "aloha": "top", "lerobot": "top", "diffusion_policy": "img"}
+    keys |= {"rlds": "image", "mcap": "/camera/image_raw"}
     key = keys[case.source]
     name = "corner4" if "--embodiment" in case.args else "front"
     result = convert(case, path, tmp_path / "s.zarr", "-o", f"cameras={name}:{key}")
@@ -226,7 +227,7 @@ def test_cameras_are_chosen_and_named(case, convert, tmp_path) -> None:
     assert [c.name for c in store.spec.cameras] == [name]
     assert_holds(tmp_path / "s.zarr", case, range(4))
     result = convert(case, path, tmp_path / "t.zarr", "-o", "cameras=nose")
-    assert result.code == 1 and f"expected nose, found only {'angle, ' * (key == 'top')}{key}" in result.err
+    assert result.code == 1 and f"expected nose, found only {'angle, ' * (case.source == 'aloha')}{key}" in result.err
 
 
 def test_unknown_options_say_what_there_is(case, convert, tmp_path) -> None:
@@ -755,6 +756,11 @@ def raw_external(file: h5py.File) -> None:
     file.create_dataset("data/demo_9/actions", (7, 7), "f8", external=[(str(raw), 0, h5py.h5f.UNLIMITED)])
 
 
+def shorten(file: h5py.File, frames: int) -> None:
+    del file["data/demo_9"]
+    write_demo(file, "demo_9", {key: values[:frames] for key, values in demo_arrays(2).items()})
+
+
 def raw(file: h5py.File) -> None:
     file.move("data/demo_9/obs", "data/demo_9/states")
 
@@ -775,6 +781,8 @@ IMAGE = "data/demo_9/obs/agentview_image"
         (drop("data/demo_9/actions"), "E_KEY", "/data/demo_9/actions"),
         (drop("data/demo_9/obs"), "E_KEY", "/data/demo_9/obs"),
         (raw, "E_KEY", "dataset_states_to_obs.py"),
+        (lambda f: shorten(f, 0), "E_EMPTY", "0"),
+        (lambda f: shorten(f, 1), "E_EMPTY", "1"),
         (drop("data/demo_9/obs/robot0_eef_quat"), "E_KEY", "robot0_eef_quat"),
         (drop(IMAGE), "E_KEY", "agentview_image"),
         (lambda f: f["data/demo_9"].attrs.__setitem__("num_samples", 9), "E_LENGTH", "num_samples 9, actions 7"),
@@ -881,6 +889,22 @@ def test_every_flipped_byte_of_an_hdf5_is_survived(robomimic, convert, tmp_path)
             numbers = [int(word) for word in result.account.split() if word.isdigit()]
             assert numbers[0] == sum(numbers[1:4])
             assert result.code == (0 if numbers[1] else 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("control_freq", 10), ("robots", ["Sawyer"]), ("controller_configs", {"type": "OSC_POSITION"})]
+)
+def test_files_of_another_setup_are_rejected_not_mixed(key, value, robomimic, convert, tmp_path) -> None:
+    (tmp_path / "in").mkdir()
+    make_robomimic(tmp_path / "in")
+    env = json.loads(json.dumps(ENV_ARGS))
+    env["env_kwargs"][key] = value
+    with h5py.File(tmp_path / "in" / "z.hdf5", "w") as file:
+        write_demo(file, "demo_0", demo_arrays(5))
+        file["data"].attrs["env_args"] = json.dumps(env)
+    result = convert(robomimic, tmp_path / "in", tmp_path / "s.zarr", "--quarantine")
+    assert (result.code, result.account) == (0, "in 5 = written 4 + rejected 1 + already there 0")
+    assert f"env_kwargs.{key}" in rejections(tmp_path / "s.zarr")[0]["found"]
 
 
 def test_robomimic_reads_the_layouts_that_exist(robomimic, convert, tmp_path) -> None:

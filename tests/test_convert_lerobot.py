@@ -466,10 +466,13 @@ def test_a_skeleton_is_written_once_and_loads(tmp_path: Path) -> None:
         opened(made.root, write_embodiment=str(target))
     spec = load_embodiment(target)
     assert [f.name for f in spec.action] == ["shoulder", "elbow", "gripper"]
+    assert [f.slot for f in spec.state] == [10, 11, 9] and [f.slot for f in spec.action] == [7, 8, 6]
     assert [(c.name, c.height, c.width) for c in spec.cameras] == [("top", H, W)]
     source = opened(made.root, spec)
     item = source.items()[0]
     check(source.read(item), source.spec, item)
+    arms = list(lerobot._skeleton_slots([False] * 6 + [True] + [False] * 6 + [True], 7, 6))
+    assert arms == [*range(7, 13), 6, *range(27, 33), 26]
 
 
 @pytest.mark.parametrize(

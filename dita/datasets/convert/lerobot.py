@@ -75,6 +75,7 @@ OPTIONS = {
 SUCCESS = "next.success"
 ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
 ARMS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in ARM)
+SLOTS = {"state": (10, 9), "action": (7, 6)}  # of joints and gripper, as in the shipped embodiments
 # (robot_type, names of the state, of the action) -> what they can stand for; the values must bear it out, see `infer`
 KNOWN: dict[tuple[str, tuple[str, ...], tuple[str, ...]], str] = {
     ("sawyer", ("x", "y", "z", "gripper"), ("dx", "dy", "dz", "gripper")): "metaworld_sawyer",
@@ -359,7 +360,7 @@ robot: {json.dumps(info.robot_type)}
 """
     for group, key in keys.items():
         stats = [s for e in entries if (s := e.stats.get(key))]
-        fields = _skeleton_fields(info.features[key], stats) if key in info.features else ()
+        fields = _skeleton_fields(info.features[key], stats, SLOTS[group]) if key in info.features else ()
         text += f"{group}:{lines(fields)}\n"
     sizes = [(name, f.shape) for name, f in cameras.items()]
     slots = [{"name": name, "height": h, "width": w, "slot": i} for i, (name, (h, w, _)) in enumerate(sizes)]
@@ -368,12 +369,19 @@ robot: {json.dumps(info.robot_type)}
     return text + f"obs_dt: {dt!r}\naction_dt: {dt!r}\ncontrol_hz: {info.fps!r}\nlimits: null\n"
 
 
-def _skeleton_fields(feature: Feature, stats: Sequence[Mapping[str, np.ndarray]]) -> Iterator[dict[str, Any]]:
+def _skeleton_fields(
+    feature: Feature, stats: Sequence[Mapping[str, np.ndarray]], slots: tuple[int, int]
+) -> Iterator[dict[str, Any]]:
+    """Yield a field for each dim; `slots`: of the first joint and of the gripper, a second arm 20 further."""
     size = feature.shape[0]
     low = np.min([s["min"] for s in stats], axis=0) if stats else -np.ones(size)
     high = np.max([s["max"] for s in stats], axis=0) if stats else np.ones(size)
-    for i, name in enumerate(feature.names or [f"value_{i}" for i in range(size)]):
-        gripper = "gripper" in name.lower()
+    names = feature.names or tuple(f"value_{i}" for i in range(size))
+    grippers = ["gripper" in name.lower() for name in names]
+    places = list(_skeleton_slots(grippers, *slots))
+    if len(set(places)) < size:
+        places = list(range(size))
+    for i, (name, gripper) in enumerate(zip(names, grippers, strict=True)):
         yield {
             "name": re.sub(r"\W+", "_", _plain(name)),
             "kind": "gripper_position" if gripper else "joint_position",
@@ -383,10 +391,17 @@ def _skeleton_fields(feature: Feature, stats: Sequence[Mapping[str, np.ndarray]]
             "mode": "absolute",
             "reference": None,
             "scale": 1.0,
-            "slot": i,
+            "slot": places[i],
             "low": [float(low[i])],
             "high": [float(max(high[i], low[i] + 1e-3))],
         }
+
+
+def _skeleton_slots(grippers: Sequence[bool], joint: int, gripper: int) -> Iterator[int]:
+    arm = count = 0
+    for is_gripper in grippers:  # the one after an arm's joints ends the arm
+        yield 20 * arm + (gripper if is_gripper else joint + count)
+        arm, count = (arm + 1, 0) if is_gripper else (arm, count + 1)
 
 
 def _plain(name: str) -> str:
