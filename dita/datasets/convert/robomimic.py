@@ -25,6 +25,7 @@ from jaxtyping import Float, UInt8
 from dita.datasets.convert import hdf5
 from dita.datasets.convert.base import (
     CAMERAS_OPTION,
+    MIN_FRAMES,
     Item,
     Options,
     Refused,
@@ -39,6 +40,7 @@ from dita.datasets.convert.base import (
     refuse_to_guess,
     reject,
 )
+from dita.datasets.shards import difference
 from dita.embodiment import embodiment_from_dict
 from dita.types import CameraSpec, EmbodimentSpec, Episode, FieldSpec
 
@@ -169,8 +171,8 @@ class RobomimicSource:
         self.warnings += notes
         self._keys = {c.name: self._keys[c.name] for c in self.spec.cameras}
         self._check_fields(layout)
-        self._flip = flip if flip != "auto" else "vertical" if layout.upside_down and self._keys else "none"
-        if flip == "auto" and self._flip != "none":
+        self._flip, self._setup = flip, _setup(layout.env)
+        if flip == "auto" and layout.upside_down and self._keys:
             self.warnings.append("frames are in robosuite's opengl convention and turned right side up; -o flip=none")
         used = {*self._keys.values(), *(f.name for f in self.spec.state)}
         if left := sorted({*layout.cameras, *layout.low_dim, *layout.skipped} - used):
@@ -210,6 +212,10 @@ class RobomimicSource:
         data = hdf5.group(file, "data")
         if item.key == "":
             raise Rejected("E_EMPTY", path, "", "data", "demos", "none", "remove the file")
+        if (setup := _setup(_json(data.attrs.get("env_args")))) != self._setup:
+            text = difference(self._setup, setup, "env_kwargs")
+            todo = "convert files of another robot, controller or rate into another store"
+            raise Rejected("E_SCHEMA", path, "", "env_args", "the same in all files", str(text), todo)
         demo = hdf5.group(data, str(item.key))
         actions = hdf5.dataset(demo, "actions", "fiu", 2)
         observed = _observations(demo)
@@ -221,6 +227,8 @@ class RobomimicSource:
         if (declared := demo.attrs.get("num_samples")) is not None:
             lengths = {"num_samples": int(declared), **lengths}
         check_lengths(lengths, item)
+        if len(actions) < MIN_FRAMES:
+            raise reject("E_EMPTY", item, "", f"at least {MIN_FRAMES} frames", f"{len(actions)}", "remove the demo")
         raw = RawDemo(
             actions=hdf5.read(actions),
             low_dim={key: hdf5.read(d).reshape(len(d), -1) for key, d in arrays.items()},
@@ -233,7 +241,8 @@ class RobomimicSource:
                 found = f"{images.dtype} {list(images.shape[1:])}"
                 todo = "correct or remove the episode"
                 raise reject("E_SCHEMA", item, f"obs/{self._keys[name]}", "uint8 [h, w, 3]", found, todo)
-        return to_episode(raw, self.spec, self._flip, item)
+        flip = self._flip if self._flip != "auto" else "vertical" if _upside_down(data) else "none"
+        return to_episode(raw, self.spec, flip, item)
 
     def close(self) -> None:
         """Close the file that is open."""
@@ -271,7 +280,7 @@ class RobomimicSource:
                     demos, _, _ = self._contents(path)
                     data = hdf5.group(self._file(path), "data")
                     seen.env = seen.env or _json(data.attrs.get("env_args"))
-                    seen.upside_down |= _text(data.attrs.get("macros_image_convention")) == "opengl"
+                    seen.upside_down |= _upside_down(data)
             except Rejected as e:
                 seen.refused = seen.refused or e
                 continue
@@ -332,6 +341,15 @@ def _infer(layout: Layout, hz: float, path: Path) -> EmbodimentSpec:
 def _kwargs(env: Mapping[str, Any]) -> dict[str, Any]:
     found = env.get("env_kwargs")
     return found if isinstance(found, dict) else {}
+
+
+def _setup(env: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what says how numbers are meant: robots, their controllers, the rate."""
+    return {key: _kwargs(env).get(key) for key in ("robots", "controller_configs", "control_freq")}
+
+
+def _upside_down(data: h5py.Group) -> bool:
+    return _text(data.attrs.get("macros_image_convention")) == "opengl"
 
 
 def infer_embodiment(layout: Layout, hz: float, path: Path) -> EmbodimentSpec:
@@ -406,6 +424,7 @@ def _controllers(kwargs: Mapping[str, Any], arms: int) -> list[Mapping[str, Any]
     configs = kwargs.get("controller_configs")
     configs = configs if isinstance(configs, list) else [configs] * arms
     parts = [c.get("body_parts", {"right": c}) if isinstance(c, dict) else {} for c in configs]
+    parts = [p.get("arms", p) for p in parts]
     if len(parts) != arms or any(list(p) != ["right"] for p in parts):
         return []
     return [p["right"] for p in parts]
