@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import simplejpeg
+import test_convert_mcap as bag
+import test_convert_rlds as tfds
 from PIL import Image
 
 SIZE = 16
@@ -255,7 +257,60 @@ def spoil_lerobot(path: Path) -> str:
     return "E_TRUNCATED"
 
 
+# --- RLDS and bags, with the arrays of the ReplayBuffer
+
+
+def make_rlds(folder: Path) -> Path:
+    vector, size = tfds.tensor("float32", 4), (SIZE, SIZE + 8)
+    features = tfds.schema(action=vector, observation=tfds.folder(image=tfds.image("png", size), state=vector))
+    episodes = []
+    for number in range(4):
+        arrays = replay_arrays(number)
+        values = {
+            "steps/action": arrays["action"],
+            "steps/observation/state": arrays["state"],
+            "steps/observation/image": [png(f) for f in frames_of(number)],
+        }
+        episodes.append(tfds.episode(length_of(number), **values))
+    return tfds.write(folder / "set/1.0.0", {"train": [episodes[:1], episodes[1:]]}, features)
+
+
+def spoil_rlds(path: Path) -> str:
+    shard = path / "demo-train.tfrecord-00001-of-00002"
+    data = bytearray(shard.read_bytes())
+    data[int.from_bytes(data[:8], "little") + 16 + 500] ^= 4  # inside its second record
+    shard.write_bytes(data)
+    return "E_CHECKSUM"
+
+
+def make_mcap(folder: Path) -> Path:
+    for number, name in enumerate(("b1", "b2", "b9", "b10")):
+        arrays, names = replay_arrays(number), ["x", "y", "z", "grip"]
+        sent = [bag.instruction("reach", bag.START - 10**6)]
+        for i, frame in enumerate(frames_of(number)):
+            stamp = bag.START + i * 12_500_000
+            picture = {
+                "height": SIZE, "width": SIZE + 8, "encoding": "rgb8", "is_bigendian": 0, "step": 3 * (SIZE + 8),
+                "data": frame.reshape(-1),
+            }  # fmt: skip
+            sent.append(bag.Sent("/camera/image_raw", bag.IMAGE, stamp, picture))
+            for topic, key in (("/joint_states", "state"), ("/joint_command", "action")):
+                body = {"name": names, "position": arrays[key][i].astype(float)}
+                empty = {"velocity": np.zeros(0), "effort": np.zeros(0)}
+                sent.append(bag.Sent(topic, bag.JOINTS, stamp + 2_000_000, body | empty))
+        bag.record(folder / "bags" / name, sent)
+    return folder / "bags"
+
+
+def spoil_mcap(path: Path) -> str:
+    file = path / "b9/b9.mcap"
+    file.write_bytes(file.read_bytes().replace(b"rgb8", b"mono", 1))
+    return "E_SCHEMA"
+
+
 CASES = {
+    "rlds": Case("rlds", make_rlds, ("--embodiment", "metaworld_sawyer"), spoil_rlds, replay_action),
+    "mcap": Case("mcap", make_mcap, ("--embodiment", "metaworld_sawyer"), spoil_mcap, replay_action),
     "lerobot": Case("lerobot", make_lerobot, (), spoil_lerobot, lambda number: aloha_arrays(number)["action"]),
     "robomimic": Case("robomimic", make_robomimic, (), spoil_robomimic, robomimic_action),
     "aloha": Case(

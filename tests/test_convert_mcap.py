@@ -365,6 +365,20 @@ def test_velocities_and_other_command_types(tmp_path: Path) -> None:
         assert result.says("names no joints") == (kind == ARRAY)
 
 
+def test_an_effort_comes_from_the_effort_where_there_is_any(tmp_path: Path) -> None:
+    action = [field_dict("arm", "joint_position", 3, 0), field_dict("grip", "gripper_effort", 1, 6)]
+    for name, effort in (("with", np.array([0, 0, 0, 0.25])), ("without", np.zeros(0))):
+        sent = [
+            joints(int((m.stamp - START) / PERIOD), m.stamp, topic="/joint_command", effort=effort)
+            if m.kind == TRAJECTORY else m
+            for m in scene()
+        ]  # fmt: skip
+        episode = read(record(tmp_path / name, sent), spec(action=action)).episodes[0]
+        truth = np.array([position(i) for i in range(12)], np.float32)
+        assert np.array_equal(episode.action[:, :3], truth[:, :3])
+        assert np.array_equal(episode.action[:, 3], truth[:, 3] if name == "without" else np.full(12, 0.25))
+
+
 def test_several_cameras_are_paired_by_stamp(tmp_path: Path) -> None:
     hand = [image(50 + i, START + i * PERIOD + 15_000_000, "/hand/color/image_raw") for i in range(12)]
     sent = sorted(scene() + hand, key=lambda m: m.log)

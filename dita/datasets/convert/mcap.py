@@ -5,8 +5,8 @@ others by `-o cameras=NAME:TOPIC,...`; the only camera of both needs no equal na
 action `/joint_command` (JointTrajectory: its first point; JointState; or Float64MultiArray, which has no names), the
 instruction `/instruction` (String, latched); others by `-o state= action= instruction=`. Joints are matched by name:
 their order is `-o joints=`, else the names of the embodiment's fields where all have size 1, else that of the command.
-The embodiment's fields take them one after the other: positions for joint_position and gripper fields, velocities for
-joint_velocity (from the first joint on again), effort for gripper_effort.
+The embodiment's fields take them one after the other: their positions; for gripper_effort the effort, where a message
+has any; for joint_velocity the velocities, from the first joint on again.
 
 Time: header stamps, in the order of the clock that made them; a message without a header counts at its log time. The
 first camera sets the frames; every other stream gives its nearest message within half a frame (`-o slop=`), nothing is
@@ -739,28 +739,29 @@ def _row(
     row: Joints, columns: list[int], fields: Sequence[FieldSpec], topic: str, frame: int, item: Item
 ) -> np.ndarray:
     """Return one message's values as the fields take them."""
-    taken = {"position": 0, "velocity": 0, "effort": 0}
+    taken = {False: 0, True: 0}  # joints used up, by whether velocities are asked for
     parts = []
     for f in fields:
-        quantity = _quantity(f)
+        fast, quantity = f.kind == "joint_velocity", _quantity(f, row)
         values = getattr(row, quantity)
         if len(values) != len(row.names or columns):
-            expected = f"one {quantity} for each of {len(row.names or columns)} joints"
-            raise reject(
-                "E_JOINTS", item, f"{topic}, frame {frame}", expected, f"{len(values)}", "correct or remove it"
-            )
-        parts.append(values[columns[taken[quantity] : taken[quantity] + f.size]])
-        taken[quantity] += f.size
+            expected, todo = f"one {quantity} for each of {len(row.names or columns)} joints", "correct or remove it"
+            raise reject("E_JOINTS", item, f"{topic}, frame {frame}", expected, f"{len(values)}", todo)
+        parts.append(values[columns[taken[fast] : taken[fast] + f.size]])
+        taken[fast] += f.size
     return np.concatenate(parts)
 
 
-def _quantity(f: FieldSpec) -> str:
-    return {"joint_velocity": "velocity", "gripper_effort": "effort"}.get(f.kind, "position")
+def _quantity(f: FieldSpec, row: Joints) -> str:
+    if f.kind == "gripper_effort" and len(row.effort):
+        return "effort"
+    return "velocity" if f.kind == "joint_velocity" else "position"
 
 
 def _joint_counts(fields: Sequence[FieldSpec]) -> set[int]:
-    """Return how many joints each quantity takes."""
-    return {sum(f.size for f in fields if _quantity(f) == q) for q in {_quantity(f) for f in fields}}
+    """Return how many joints the fields take: velocities are of the same joints once more."""
+    fast = sum(f.size for f in fields if f.kind == "joint_velocity")
+    return {fast, sum(f.size for f in fields) - fast} - {0}
 
 
 def _texts(recording: Recording, order: Sequence[int]) -> list[str]:
