@@ -819,6 +819,27 @@ def test_half_an_mp4_that_still_decodes(tmp_path: Path, version: str, costs: lis
     assert {name: e.code for name, e in episodes(found).items()} == {episode(i): "E_TRUNCATED" for i in costs}
 
 
+@pytest.mark.parametrize(("name", "film"), [
+    ("lerobot_v30_video", "videos/observation.images.wrist/chunk-000/file-000.mp4"),
+    ("lerobot_v21_video", "videos/chunk-000/observation.images.wrist/episode_000001.mp4"),
+])  # fmt: skip
+def test_half_a_film_that_lerobot_wrote(tmp_path: Path, name: str, film: str) -> None:
+    if not (folder := REFERENCE / name).is_dir():
+        pytest.skip("no reference data")
+    root = tmp_path / "set"
+    shutil.copytree(folder / "dataset", root, copy_function=shutil.copyfile)  # the original may be read-only
+    truncate(root / film, 0.5)
+    whole, cut = (open_source(path, None, Options(None, None, {})) for path in (folder / "dataset", root))
+    refused = []
+    for item in cut.items():
+        try:
+            np.testing.assert_array_equal(cut.read(item).images["wrist"], whole.read(item).images["wrist"])
+        except Rejected as e:
+            refused.append((item.id, e.code))
+    assert 0 < len(refused) < 3 and (episode(1), "E_TRUNCATED") in refused
+    assert {code for _, code in refused} == {"E_TRUNCATED"}
+
+
 def test_an_mp4_without_its_index_is_cut_too(tmp_path: Path) -> None:
     made = make(tmp_path / "set", "v3.0", "video", faststart=False)
     truncate(made.root / f"videos/{CAMERA}/chunk-000/file-001.mp4", 0.9)
@@ -932,6 +953,14 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path, version: str) -> No
     found = outcomes(made.root)
     costs = [3] if version == "v2.1" else [2, 3]
     assert {i: e.code for i in range(4) if (e := found[episode(i)])} == dict.fromkeys(costs, "E_PATH")
+
+
+def test_a_hub_cache_of_links_is_explained(tmp_path: Path) -> None:
+    made = make(tmp_path / "set", "v3.0", "image")
+    (made.root / "meta/info.json").rename(tmp_path / "blob")
+    (made.root / "meta/info.json").symlink_to(tmp_path / "blob")
+    with pytest.raises(Rejected, match=r"E_PATH: .*found a link to .*blob; .*cp -rL"):
+        opened(made.root)
 
 
 @settings(max_examples=300, deadline=None)
