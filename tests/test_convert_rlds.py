@@ -454,7 +454,7 @@ def test_more_records_than_listed_are_refused_not_dropped(tmp_path: Path) -> Non
     info["splits"][0]["shardLengths"] = ["2"]
     (root / "dataset_info.json").write_text(json.dumps(info))
     found = read_all(root)
-    assert codes(found) == ["ok", "ok", "E_SCHEMA"] and "shardLengths" in str(found[2])
+    assert codes(found) == ["ok", "ok", "E_COUNT"] and "shardLengths" in str(found[2])
 
 
 def split(**values) -> dict:

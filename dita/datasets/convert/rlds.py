@@ -744,7 +744,7 @@ class RldsSource:
         if index >= shard.episodes:
             found = f"{len(records.spans)} records"
             todo = "correct shardLengths, or restore the file"
-            raise reject("E_SCHEMA", item, "shardLengths", f"{shard.episodes} as dataset_info.json says", found, todo)
+            raise reject("E_COUNT", item, "shardLengths", f"{shard.episodes} as dataset_info.json says", found, todo)
         return read_record(path, records.spans[index], index)
 
     # --- names
