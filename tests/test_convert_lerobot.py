@@ -532,6 +532,13 @@ def test_cameras_can_be_chosen_and_named(tmp_path: Path) -> None:
         opened(made.root, cameras="back")
 
 
+def test_another_rate_is_not_taken(tmp_path: Path) -> None:
+    made = make(tmp_path / "set", "v2.1", "image")
+    assert open_source(made.root, arm(), Options(None, 10.0, {})).spec.control_hz == FPS
+    with pytest.raises(Refused, match=r"E_STAMP: .*30 Hz as asked for, found 10 Hz"):
+        open_source(made.root, arm(), Options(None, 30.0, {}))
+
+
 # --- what is wrong: (mutation, the episodes it costs -> code, part of the text)
 
 
@@ -728,7 +735,8 @@ def test_each_fault_costs_its_episodes_only(
     assert found.keys() >= {episode(i) for i in range(4)}
     refused = episodes(found)
     assert refused.keys() == {episode(i) for i in codes}
-    assert {name for name in found if not name.startswith("episode_")} <= {"meta/info.json", "meta/stats.json"}
+    files = {"meta/info.json", "meta/stats.json", "meta/episodes_stats.jsonl"}
+    assert {name for name in found if not name.startswith("episode_")} <= files
     for i, code in codes.items():
         error = refused[episode(i)]
         assert error.code in code.split()
@@ -775,6 +783,8 @@ def test_what_cannot_be_opened(tmp_path: Path, version: str, break_it: Mutation,
 @pytest.mark.parametrize(
     ("break_it", "file", "code", "text"),
     [
+        (lambda r: write(r / "meta/episodes/chunk-001/file-000.parquet", [pa.table({"episode_index": [7]})]),
+         "meta/episodes/chunk-001/file-000.parquet", "E_KEY", "length: expected a column"),
         (lambda r: edit_info(r, lambda v: v.update(total_frames=5)),
          "meta/info.json", "E_COUNT", "expected 5, found 27"),
         (lambda r: write_json(r / "meta/stats.json", {"action": {"min": [0], "max": [1], "count": [9]}}),

@@ -51,6 +51,7 @@ from dita.datasets.convert.lerobot_meta import (
     check_totals,
     damage,
     episode_id,
+    find_broken,
     find_orphans,
     find_problems,
     open_parquet,
@@ -147,7 +148,8 @@ class LeRobotSource:
         self.entries, refused, broken = read_entries(root, info, self._vectors)
         self._refused = find_problems(root, info, self.entries, refused, broken) | refused
         self._files = find_orphans(root, info, self.entries, self._refused.keys())
-        if not (broken or self._refused or self._files):
+        self._files |= find_broken(root, self._refused.values(), broken)
+        if not (self._refused or self._files):
             self._files = check_totals(root, info, self.entries, self._vectors)
         self._tasks = read_tasks(root, info)
         self._fit(embodiment)
@@ -231,6 +233,10 @@ class LeRobotSource:
         if self.keys["action"] not in features:
             todo = "name the feature that holds them: -o action=KEY"
             raise Refused("E_KEY", where, "", "features", self.keys["action"], f"only {', '.join(features)}", todo)
+        asked = self._options.control_hz
+        if asked is not None and abs(asked / self.info.fps - 1) > 0.01:
+            found, todo = f"{self.info.fps:g} Hz in the data", "leave --control-hz out"
+            raise Refused("E_STAMP", where, "", "fps", f"{asked:g} Hz as asked for", found, todo)
         colour = [f.key for f in features.values() if f.dtype in ("image", "video") and f.shape[2] == 3]
         wanted = {c.name for c in given.cameras} if given else set()
         short = {(key if key in wanted else camera_name(key)): key for key in colour}

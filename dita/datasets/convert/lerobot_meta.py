@@ -391,7 +391,7 @@ def find_orphans(root: Path, info: Info, entries: Mapping[int, Entry], refused: 
     top = info.data_path.partition("{")[0].rpartition("/")[0]
     for path in sorted((root / top).rglob("*.parquet"), key=lambda p: natural(p.as_posix())):
         name = path.relative_to(root).as_posix()
-        if name in lengths and lengths[name] is None:
+        if name.startswith("meta/") or (name in lengths and lengths[name] is None):
             continue
         try:
             file = open_parquet(safe_path(root, name), name)
@@ -409,6 +409,14 @@ def find_orphans(root: Path, info: Info, entries: Mapping[int, Entry], refused: 
         if not new and name not in lengths and not set(indices) & set(refused):
             orphans[name] = _orphan(path, name, f"a table that none of them names, with episodes {indices[:5]}")
     return orphans
+
+
+def find_broken(root: Path, refused: Iterable[Rejected], broken: Iterable[Rejected]) -> dict[str, Rejected]:
+    """Refuse damaged metadata that no missing episode accounts for; by file."""
+    told = {(e.file, e.key) for e in refused}
+    left = [e for e in broken if (e.file, e.key) not in told]
+    names = [Path(e.file).relative_to(root).as_posix() for e in left]
+    return {name: Rejected(**{**e.fields(), "episode": name}) for name, e in zip(names, left, strict=True)}
 
 
 def table_v21(info: Info, index: int) -> str:
