@@ -35,7 +35,7 @@ from convert_inputs import (
     write_demo,
     write_zarr2,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
@@ -575,6 +575,7 @@ def test_a_gripper_that_goes_the_other_way_is_upside_down() -> None:
         check(wrong, spec, ITEM)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 60))
 def test_random_episodes_are_never_upside_down(seed, frames) -> None:
     spec = make_spec(cameras=[])
@@ -646,6 +647,7 @@ def test_bombs_are_refused_before_anything_is_allocated() -> None:
     check_size((64, 64, 3), 1, "file", "key", 8)  # small ones may be of one colour
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 999_999), min_size=2, max_size=20, unique=True))
 def test_padded_names_sort_as_numbers(numbers) -> None:
     names = [f"demo_{n}" for n in numbers]
@@ -668,6 +670,7 @@ def test_grippers_count_from_the_open_end() -> None:
     np.testing.assert_allclose(to_si(np.array([[-1.0], [1.0]]), effort.state)[:, 0], [1, -1])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(["xyzw", "wxyz", "rotvec", "6d"]))
 def test_rotations_come_out_as_two_columns_whatever_the_sign(seed, kind) -> None:
     rng = np.random.default_rng(seed)
@@ -761,6 +764,11 @@ def shorten(file: h5py.File, frames: int) -> None:
     write_demo(file, "demo_9", {key: values[:frames] for key, values in demo_arrays(2).items()})
 
 
+def leak(file: h5py.File) -> None:
+    file["mask/train"] = np.array([b"demo_1", b"demo_9", b"demo_10"])
+    file["mask/valid"] = np.array([b"demo_2", b"demo_9"])
+
+
 def raw(file: h5py.File) -> None:
     file.move("data/demo_9/obs", "data/demo_9/states")
 
@@ -781,6 +789,7 @@ IMAGE = "data/demo_9/obs/agentview_image"
         (drop("data/demo_9/actions"), "E_KEY", "/data/demo_9/actions"),
         (drop("data/demo_9/obs"), "E_KEY", "/data/demo_9/obs"),
         (raw, "E_KEY", "dataset_states_to_obs.py"),
+        (leak, "E_DUP", "train+valid"),
         (lambda f: shorten(f, 0), "E_EMPTY", "0"),
         (lambda f: shorten(f, 1), "E_EMPTY", "1"),
         (drop("data/demo_9/obs/robot0_eef_quat"), "E_KEY", "robot0_eef_quat"),

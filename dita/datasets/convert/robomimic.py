@@ -196,7 +196,7 @@ class RobomimicSource:
             for label, members in masks.items():
                 if absent := sorted(members - set(demos), key=natural):
                     self.warnings.append(f"{name}: mask/{label} names {len(absent)} absent demos: {_some(absent)}")
-            items += [Item(padded(f"{Path(name).with_suffix('')}/{d}"), name, d, splits.get(d, "")) for d in chosen]
+            items += [Item(padded(f"{Path(name).with_suffix('')}/{d}"), name, d, splits[d]) for d in chosen]
         if mask is not None and not known:
             raise ValueError(f"no file of {self._root} has mask/{mask}")
         return items
@@ -216,6 +216,9 @@ class RobomimicSource:
             text = difference(self._setup, setup, "env_kwargs")
             todo = "convert files of another robot, controller or rate into another store"
             raise Rejected("E_SCHEMA", path, "", "env_args", "the same in all files", str(text), todo)
+        if "+" in item.split:
+            todo = "a test episode in the training set: remove it from one of the masks"
+            raise reject("E_DUP", item, "mask", "a demo of one split", item.split, todo)
         demo = hdf5.group(data, str(item.key))
         actions = hdf5.dataset(demo, "actions", "fiu", 2)
         observed = _observations(demo)
@@ -269,7 +272,7 @@ class RobomimicSource:
         for label in hdf5.names(hdf5.group(file, "mask")) if "mask" in file else []:
             members = hdf5.read(hdf5.dataset(file, f"mask/{label}", "SO", 1))
             masks[label] = {n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in members}
-        return demos, {d: label for label in SPLITS for d in sorted(masks.get(label, ()))}, masks
+        return demos, {d: "+".join(s for s in SPLITS if d in masks.get(s, ())) for d in demos}, masks
 
     def _survey(self) -> Layout:
         """Look at every demo's keys and shapes, none of its values; what most demos have is what all must have."""
