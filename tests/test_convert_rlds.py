@@ -271,6 +271,16 @@ def test_fields_by_name_png_and_plain_tensors(tmp_path: Path) -> None:
     assert renamed.instruction == "press the button"
 
 
+def test_an_instruction_in_characters(tmp_path: Path) -> None:
+    text = "push the blue cube" + "\0" * 6  # as Language-Table pads it
+    observation = folder(image=image(), state=tensor("float32", 4), instruction=tensor("int32", len(text)))
+    features = schema(action=tensor("float32", 4), observation=observation)
+    rows = np.tile([ord(c) for c in text], (6, 1))
+    root = write(tmp_path / "d", [episode(6, 0, **{"steps/observation/instruction": rows})], features)
+    (found,) = read_all(root, language="observation/instruction")
+    assert found.instruction == "push the blue cube"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.dictionaries(

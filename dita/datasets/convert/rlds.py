@@ -496,8 +496,8 @@ class Steps:
         """
         feature, values = self._get(name)
         if feature.dtype in TYPES:
-            rows = self.vector(name).astype(np.uint32)
-            return ["".join(chr(min(c, 0xFFFD)) for c in row if c) for row in rows.tolist()]
+            rows = np.clip(self.array(name), 0, 0xFFFD).astype(int).tolist()
+            return ["".join(chr(c) for c in row if c) for row in rows]
         try:
             out = [_text(value) for value in values.strings()]
         except WireError as e:
@@ -649,6 +649,7 @@ class RldsSource:
         self.name, shards = parse_info(read_json(info), info)
         wanted = options.extra.get("split")
         self._shards = [s for s in shards if wanted in (None, s.split)]
+        self._listed = {self._root / s.file: s.episodes for s in self._shards}
         if not self._shards:
             splits = ", ".join(sorted({s.split for s in shards})) or "no split with shards"
             raise Rejected(
@@ -733,18 +734,18 @@ class RldsSource:
         if not path.is_file():
             raise reject("E_TRUNCATED", item, "", "the shard that dataset_info.json lists", "no such file", COPY)
         records = find_records(path)
-        shard = next(s for s in self._shards if self._root / s.file == path)
+        listed = self._listed[path]
         if index >= len(records.spans):
             code, expected, found = records.fault or (
                 "E_TRUNCATED",
-                f"{shard.episodes} records as dataset_info.json says",
+                f"{listed} records as dataset_info.json says",
                 f"{len(records.spans)}",
             )
             raise reject(code, item, f"record {index}", expected, found, COPY)
-        if index >= shard.episodes:
+        if index >= listed:
             found = f"{len(records.spans)} records"
             todo = "correct shardLengths, or restore the file"
-            raise reject("E_COUNT", item, "shardLengths", f"{shard.episodes} as dataset_info.json says", found, todo)
+            raise reject("E_COUNT", item, "shardLengths", f"{listed} as dataset_info.json says", found, todo)
         return read_record(path, records.spans[index], index)
 
     # --- names
