@@ -319,6 +319,21 @@ def test_when_everything_is_rejected_there_is_no_store(robomimic, convert, tmp_p
     assert "nothing was written" in result.err and not (tmp_path / "s.zarr").exists()
 
 
+def test_overwrite_deletes_nothing_but_stores(robomimic, convert, tmp_path, monkeypatch) -> None:
+    path, out = robomimic.make(tmp_path), tmp_path / "precious"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for more in (("--overwrite",), ("--resume",), ()):
+        assert convert(robomimic, path, out, *more).code == 1
+        assert tree(out).keys() == {"thesis.txt"}
+    good = tmp_path / "s.zarr"
+    assert convert(robomimic, path, good).code == 0
+    before = tree(good)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert convert(robomimic, path, good, "--overwrite", "--ray", "auto").code == 1
+    assert tree(good) == before
+
+
 def test_large_inputs_are_sealed_as_they_come(robomimic, convert, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(run, "SEAL_BYTES", 12_000)
     assert convert(robomimic, robomimic.make(tmp_path), tmp_path / "s.zarr").code == 0

@@ -86,6 +86,7 @@ class Tally:
     rejected: list[Rejected] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failed: Rejected | None = None  # the rejection that ended the run
+    created: bool = False  # the store is this run's own
 
     @property
     def unread(self) -> int:
@@ -123,15 +124,14 @@ def convert(config: ConvertConfig) -> Tally:
         _finish(config, Tally(1, rejected=[e], failed=e))
         raise
     tally = Tally(len(items), warnings=warnings)
-    fresh = not config.out.exists() or config.exist == "overwrite"
     try:
         if config.ray is None:
             _convert_here(config, spec, items, tally)
         else:
             _convert_on(ray_cluster(config.ray), config, spec, items, tally)
     finally:
-        if fresh and not (tally.written or tally.there):
-            shutil.rmtree(config.out, ignore_errors=True)  # an empty store is no store
+        if tally.created and not (sealed_segments(config.out) or staged_episodes(config.out)):
+            shutil.rmtree(config.out)  # an empty store is no store
         _finish(config, tally)
     if tally.failed is not None:
         raise tally.failed
@@ -207,7 +207,7 @@ class Reader:
 
 
 def _convert_here(config: ConvertConfig, spec: EmbodimentSpec, items: Sequence[Item], tally: Tally) -> None:
-    with _writer(config, spec, "main", config.exist) as writer, _bar() as progress:
+    with _create(config, spec, tally) as writer, _bar() as progress:
         new = _skip_stored(items, writer, tally)
         bar = progress.add_task("convert", total=tally.total, completed=tally.there, rejected=0)
         book, staged = Book(config.out, items), 0
@@ -319,6 +319,13 @@ def _ends(config: ConvertConfig, tally: Tally) -> bool:
     return tally.failed is not None
 
 
+def _create(config: ConvertConfig, spec: EmbodimentSpec, tally: Tally) -> StoreWriter:
+    new = not config.out.exists() or config.exist == "overwrite"
+    writer = _writer(config, spec, "main", config.exist)
+    tally.created = new
+    return writer
+
+
 def _writer(config: ConvertConfig, spec: EmbodimentSpec, name: str, exist: Any) -> StoreWriter:
     return StoreWriter.create(
         config.out,
@@ -415,7 +422,7 @@ def seal_share(config: ConvertConfig, spec: EmbodimentSpec, name: str) -> None:
 def _convert_on(
     cluster: Cluster, config: ConvertConfig, spec: EmbodimentSpec, items: Sequence[Item], tally: Tally
 ) -> None:
-    _writer(config, spec, "main", config.exist).close()  # creates the store
+    _create(config, spec, tally).close()
     count = max(1, min(config.workers or cluster.size(), len(items)))
     size = -(-len(items) // count)
     shares = [items[i : i + size] for i in range(0, len(items), size)]
