@@ -279,6 +279,8 @@ def test_an_instruction_in_characters(tmp_path: Path) -> None:
     root = write(tmp_path / "d", [episode(6, 0, **{"steps/observation/instruction": rows})], features)
     (found,) = read_all(root, language="observation/instruction")
     assert found.instruction == "push the blue cube"
+    (plain,) = read_all(root)
+    assert plain.instruction == "press the button"  # the text of the steps comes first
 
 
 @settings(max_examples=60, deadline=None)

@@ -68,6 +68,7 @@ INSTRUCTIONS = (
     "observation/natural_language_instruction",
     "observation/language_instruction",
     "natural_language_instruction",
+    "observation/instruction",
 )
 MAX_EPISODES = 2_000_000  # of one dataset; the largest of OXE has 0.6 million
 SPLIT = re.compile(r"[A-Za-z0-9_]{1,64}")
