@@ -88,6 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--view", action="store_true", help="open episodes in Rerun: pip install 'dita[view]'")
     inspect.add_argument("--view-out", metavar="RRD", help="with --view: write a file instead of opening the viewer")
     inspect.add_argument("--episodes", type=int, nargs="+", metavar="N", help="of --view (default: the first 10)")
+    convert = verb("convert", _convert, "Convert a dataset of another format into a Zarr store.", """
+        dita convert robomimic lift/ph/image.hdf5 data/lift.zarr --instruction "lift the cube" --workers 4
+        dita convert lerobot path/to/dataset data/so100.zarr --embodiment my_arm.yaml --codec jpeg
+        dita convert rlds bridge/1.0.0 data/bridge.zarr --quarantine --resume
+        dita convert aloha sim_transfer_cube/ data/cube.zarr --instruction "pass the cube to the other hand"
+        dita convert diffusion_policy pusht.zarr out.zarr --embodiment pusht --instruction "push" -o 'state=state[0:2]'
+        dita convert mcap bags/ data/bags.zarr --embodiment ur5e --ray auto""", False)  # fmt: skip
+    _add_convert(convert)
     train = verb("train", _train, "Train a policy on one or more stores.", """
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo --resume
@@ -190,6 +198,51 @@ def _add_exist(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     for name, about in (("resume", "continue what is there"), ("overwrite", "delete what is there first")):
         group.add_argument(f"--{name}", dest="exist", action="store_const", const=name, default="error", help=about)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    from dita.datasets.convert import SOURCES
+
+    parser.add_argument("source", choices=list(SOURCES), help=" | ".join(SOURCES), metavar="SOURCE")
+    parser.add_argument("path", metavar="IN", type=Path, help="the data set's file or folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the store, by habit NAME.zarr")
+    _add_exist(parser)
+    about = "go on after a rejection: write a store of what is good, list the rest in OUT.rejected.jsonl"
+    parser.add_argument("--quarantine", "--repair", action="store_true", help=about)
+    parser.add_argument("--embodiment", metavar="NAME|FILE", help="what the robot is, where the format does not tell")
+    parser.add_argument("--instruction", metavar="TEXT", help="what is done, where the format does not tell")
+    parser.add_argument("--control-hz", metavar="HZ", type=float, help="the rate, where the format does not tell")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=min(4, os.cpu_count() or 1), help="processes, or tasks"
+    )
+    parser.add_argument("--ray", metavar="ADDRESS", help="fan out over a Ray cluster: auto, local, host:port")
+    parser.add_argument("--codec", choices=["raw", "jpeg"], default="raw", help="of the images; jpeg is lossy")
+    parser.add_argument("--licence", metavar="SPDX", default="unknown", help="of the data, kept in the store")
+    parser.add_argument(
+        "-o",
+        dest="extra",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an option of the source; -o help= lists them",
+    )
+
+
+def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dita.datasets.convert.run import ConvertConfig, convert
+
+    extra = {}
+    for text in args.extra:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"-o takes KEY=VALUE, got {text!r}")
+        extra[key] = value
+    if args.workers < 0 or (args.control_hz is not None and not args.control_hz > 0):
+        raise ValueError(f"--workers must be >= 0 and --control-hz > 0, got {args.workers} and {args.control_hz}")
+    names = ("source", "path", "out", "embodiment", "instruction", "control_hz", "codec", "licence", "workers", "exist")
+    convert(
+        ConvertConfig(**{n: getattr(args, n) for n in names}, extra=extra, quarantine=args.quarantine, ray=args.ray)
+    )
 
 
 def _demo(args: argparse.Namespace, overrides: list[str]) -> None:

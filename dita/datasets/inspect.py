@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dita.datasets.store import Store, staged_episodes
+from dita.datasets.segments import staged_episodes
+from dita.datasets.store import Store
 from dita.embodiment import slices
 from dita.types import FieldSpec
 
@@ -187,6 +188,7 @@ def _describe(fields: tuple[FieldSpec, ...], episodes: list[np.ndarray]) -> list
             "frame": f.frame,
             "mode": f.mode,
             "reference": f.reference,
+            "scale": f.scale,  # stored value = scale * the source's own
             "min": low[here].tolist(),
             "max": high[here].tolist(),
             "low": list(f.low),
