@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence
+.PHONY: demo test lint bench evidence evidence-doctor
 
 demo: $(VENV)/.installed  ## the main job, end to end; an interrupted one continues
 	@$(BIN)/dita env --setup
@@ -25,6 +25,9 @@ bench: $(VENV)/.installed  ## ratios against peers, full size, on an idle machin
 
 evidence: $(VENV)/.installed  ## hours: three training seeds, baselines, multitask; resumes; writes docs/evidence
 	@$(BIN)/python benchmarks/evidence.py
+
+evidence-doctor: $(VENV)/.installed  ## minutes: precision and recall of the doctor; writes docs/evidence/doctor.md
+	@$(BIN)/python benchmarks/doctor.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Dita needs Python 3.11 or 3.12 with venv: apt-get install python3 python3-venv"; exit 1; }

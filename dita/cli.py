@@ -70,14 +70,32 @@ def build_parser() -> argparse.ArgumentParser:
         dita collect out=data/button.zarr env.tasks=[button-press-topdown-v3] episodes=60
         dita collect out=data/demo.zarr env.tasks=[button-press-topdown-v3,reach-v3] --resume""", True)  # fmt: skip
     _add_exist(collect)
-    inspect = verb("inspect", _inspect, "Show what a store holds; check every byte.", """
+    inspect = verb("inspect", _inspect, "Show what a store holds; check every byte; find faults; open it in Rerun.", """
         dita inspect data/demo.zarr
         dita inspect data/demo.zarr --verify --sheet frames.png
-        dita inspect data/demo.zarr --json""", False)  # fmt: skip
-    inspect.add_argument("store")
+        dita inspect data/demo.zarr --json
+        dita inspect data/test.zarr data/train.zarr --doctor --out outputs/doctor
+        dita inspect data/demo.zarr --view --episodes 0 7
+        dita inspect data/demo.zarr --view --view-out demo.rrd""", False)  # fmt: skip
+    inspect.add_argument("store", nargs="+", help="several only with --doctor; of a duplicate the first one is kept")
     inspect.add_argument("--verify", action="store_true", help="read and check every byte")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.add_argument("--sheet", metavar="PNG", help="write a contact sheet of sampled frames")
+    inspect.add_argument(
+        "--doctor", action="store_true", help="find faults: writes doctor.json, doctor.html, filter.json"
+    )
+    inspect.add_argument("--out", metavar="FOLDER", help="of --doctor (default: outputs/doctor)")
+    inspect.add_argument("--view", action="store_true", help="open episodes in Rerun: pip install 'dita[view]'")
+    inspect.add_argument("--view-out", metavar="RRD", help="with --view: write a file instead of opening the viewer")
+    inspect.add_argument("--episodes", type=int, nargs="+", metavar="N", help="of --view (default: the first 10)")
+    convert = verb("convert", _convert, "Convert a dataset of another format into a Zarr store.", """
+        dita convert robomimic lift/ph/image.hdf5 data/lift.zarr --instruction "lift the cube" --workers 4
+        dita convert lerobot path/to/dataset data/so100.zarr --embodiment my_arm.yaml --codec jpeg
+        dita convert rlds bridge/1.0.0 data/bridge.zarr --quarantine --resume
+        dita convert aloha sim_transfer_cube/ data/cube.zarr --instruction "pass the cube to the other hand"
+        dita convert diffusion_policy pusht.zarr out.zarr --embodiment pusht --instruction "push" -o 'state=state[0:2]'
+        dita convert mcap bags/ data/bags.zarr --embodiment ur5e --ray auto""", False)  # fmt: skip
+    _add_convert(convert)
     train = verb("train", _train, "Train a policy on one or more stores.", """
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo --resume
@@ -182,6 +200,51 @@ def _add_exist(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{name}", dest="exist", action="store_const", const=name, default="error", help=about)
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    from dita.datasets.convert import SOURCES
+
+    parser.add_argument("source", choices=list(SOURCES), help=" | ".join(SOURCES), metavar="SOURCE")
+    parser.add_argument("path", metavar="IN", type=Path, help="the data set's file or folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the store, by habit NAME.zarr")
+    _add_exist(parser)
+    about = "go on after a rejection: write a store of what is good, list the rest in OUT.rejected.jsonl"
+    parser.add_argument("--quarantine", "--repair", action="store_true", help=about)
+    parser.add_argument("--embodiment", metavar="NAME|FILE", help="what the robot is, where the format does not tell")
+    parser.add_argument("--instruction", metavar="TEXT", help="what is done, where the format does not tell")
+    parser.add_argument("--control-hz", metavar="HZ", type=float, help="the rate, where the format does not tell")
+    parser.add_argument(
+        "--workers", metavar="N", type=int, default=min(4, os.cpu_count() or 1), help="processes, or tasks"
+    )
+    parser.add_argument("--ray", metavar="ADDRESS", help="fan out over a Ray cluster: auto, local, host:port")
+    parser.add_argument("--codec", choices=["raw", "jpeg"], default="raw", help="of the images; jpeg is lossy")
+    parser.add_argument("--licence", metavar="SPDX", default="unknown", help="of the data, kept in the store")
+    parser.add_argument(
+        "-o",
+        dest="extra",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="an option of the source; -o help= lists them",
+    )
+
+
+def _convert(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dita.datasets.convert.run import ConvertConfig, convert
+
+    extra = {}
+    for text in args.extra:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"-o takes KEY=VALUE, got {text!r}")
+        extra[key] = value
+    if args.workers < 0 or (args.control_hz is not None and not args.control_hz > 0):
+        raise ValueError(f"--workers must be >= 0 and --control-hz > 0, got {args.workers} and {args.control_hz}")
+    names = ("source", "path", "out", "embodiment", "instruction", "control_hz", "codec", "licence", "workers", "exist")
+    convert(
+        ConvertConfig(**{n: getattr(args, n) for n in names}, extra=extra, quarantine=args.quarantine, ray=args.ray)
+    )
+
+
 def _demo(args: argparse.Namespace, overrides: list[str]) -> None:
     recipe = args.recipe
     if "=" in recipe:  # an override took the place of the optional name
@@ -200,9 +263,24 @@ def _collect(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _inspect(args: argparse.Namespace, overrides: list[str]) -> None:
+    view = args.view or args.view_out is not None
+    given = [f"--{name}" for name in ("verify", "sheet", "out", "episodes", "json") if getattr(args, name)]
+    allowed = {"--out", "--json"} if args.doctor else {"--episodes"} if view else {"--verify", "--sheet", "--json"}
+    if (args.doctor and view) or not allowed.issuperset(given):
+        raise ValueError("--doctor takes --out and --json, --view takes --view-out and --episodes; run each by itself")
+    if args.doctor:
+        from dita.datasets.doctor import doctor_command
+
+        return doctor_command(args.store, args.out or "outputs/doctor", args.json)
+    if len(args.store) > 1:
+        raise ValueError(f"got {len(args.store)} stores; --doctor takes several, everything else one at a time")
+    if view:
+        from dita.datasets.view import view_command
+
+        return view_command(args.store[0], args.view_out, args.episodes)
     from dita.datasets.inspect import inspect_command
 
-    inspect_command(args.store, args.verify, args.json, args.sheet)
+    inspect_command(args.store[0], args.verify, args.json, args.sheet)
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:

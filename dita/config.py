@@ -151,6 +151,7 @@ class StoreConfig:
 
     path: str
     weight: float  # share of the samples, relative to the other stores
+    filter: str | None  # a filter.json of `dita inspect --doctor`; null, or no such key: every episode
 
 
 @dataclass(frozen=True)

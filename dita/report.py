@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
-import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import av
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.image import imsave
 
 from dita.checkpoint import read_json
 from dita.evaluate import wilson
+from dita.page import BLUE, GREEN, ORANGE, RC, Draw, Html, escape, grid, plot, section, strip, table, uri, write_page
 
 PARTS = ("times.json", "train/config.json", "eval/eval_info.json", "live/live.json")
 STRIP_FRAMES = 6
 MAX_ROLLOUTS = 12  # shown with pictures; failures come first
 MAX_FAILURES = 20  # listed
 VIDEO_BYTES = 16 * 2**20  # embedded in all; a video beyond that is named only
-# drawn colour -> CSS variable: one SVG serves light and dark; Okabe & Ito (2008) for colour-blind eyes
-INK, GRID, BLUE, ORANGE, GREEN = "#010203", "#010204", "#0072b2", "#d55e00", "#009e73"
-CSS_COLOURS = {INK: "var(--ink)", GRID: "var(--grid)", BLUE: "var(--a)", ORANGE: "var(--b)", GREEN: "var(--c)"}
-RC: dict[Any, Any] = {
-    "svg.fonttype": "none", "svg.hashsalt": "dita", "font.size": 8, "axes.axisbelow": True, "axes.grid": True,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID, "legend.frameon": False,
-}  # fmt: skip
-Draw = Callable[[Axes], None]
 
 
 @dataclass(frozen=True)
@@ -54,10 +39,6 @@ class Demo:
     videos: Sequence[Path]  # failures first; a trace of the same name lies beside each
 
 
-class Html(str):
-    """Text that is escaped already."""
-
-
 def report(folder: Path) -> Path:
     """Write `folder/report.html` about what `dita demo` left in `folder`; a part that was not run is named as such.
 
@@ -72,9 +53,8 @@ def report(folder: Path) -> Path:
             body = "\n".join(section(demo) for section in sections)
     except KeyError as e:
         raise ValueError(f"{folder}: a result has no {e}; written by another version? run its step again") from None
-    target, partial = folder / "report.html", folder / ".report.html.partial"
-    partial.write_text(PAGE.substitute(title=_escape(f"Dita: {folder.name}"), body=body), encoding="utf-8")
-    partial.replace(target)
+    target = folder / "report.html"
+    write_page(target, f"Dita: {folder.name}", body)
     return target
 
 
@@ -109,10 +89,10 @@ def _headline(demo: Demo) -> str:
     seconds = sum(step["seconds"] for step in demo.times.values())
     tiles.append(("time", _duration(seconds) if demo.times else "-", steps or "not recorded"))
     cells = "".join(
-        f"<div><small>{_escape(what)}</small><strong>{_escape(value)}</strong><span>{_escape(note)}</span></div>"
+        f"<div><small>{escape(what)}</small><strong>{escape(value)}</strong><span>{escape(note)}</span></div>"
         for what, value, note in tiles
     )
-    return f'<header><h1>Dita</h1><p>{_escape(tasks)}</p></header><div class="tiles">{cells}</div>'
+    return f'<header><h1>Dita</h1><p>{escape(tasks)}</p></header><div class="tiles">{cells}</div>'
 
 
 def _evaluation(demo: Demo) -> str:
@@ -120,11 +100,11 @@ def _evaluation(demo: Demo) -> str:
     if e is None:
         so_far = f" to the end ({len(demo.episodes)} episodes so far; --resume continues)" if demo.episodes else ""
         missing = _missing(f"evaluation{so_far}", "eval", f"{demo.folder}/train", f"out={demo.folder}/eval")
-        return _section(title, missing)
+        return section(title, missing)
     rows = [[task, *_rate(rate), f"{rate['mean_steps']:.0f}"] for task, rate in e["tasks"].items()]
     if len(rows) > 1:
         rows.append(["mean over tasks", *_rate(e["macro"]), ""])
-    table = _table(("task", "solved", "rate", "95 % interval", "", "mean length [steps]"), rows)
+    rates = table(("task", "solved", "rate", "95 % interval", "", "mean length [steps]"), rows)
     calls = [1e3 * s for episode in demo.episodes for s in episode["latency"]]
 
     def draw_lengths(ax: Axes) -> None:
@@ -135,17 +115,17 @@ def _evaluation(demo: Demo) -> str:
 
     batch = f"policy call for up to {e['config']['batch_size']} environments [ms]"
     draw_calls = _histogram(calls, 1e3 * e["latency_s"]["p50"], 1e3 * e["latency_s"]["p99"])
-    plots = [_plot("episode length [control steps]", "episodes", draw_lengths), _plot(batch, "calls", draw_calls)]
+    plots = [plot("episode length [control steps]", "episodes", draw_lengths), plot(batch, "calls", draw_calls)]
     reasons = ", ".join(f"{reason}: {n}" for reason, n in e["reasons"].items())
     rule = f"Rule: {e['rule']}. {e['distinct_starts']} distinct starts. Ends: {reasons}."
-    return _section(title, table, f"<p>{_escape(rule)}</p>", _grid(plots))
+    return section(title, rates, f"<p>{escape(rule)}</p>", grid(plots))
 
 
 def _live(demo: Demo) -> str:
     live, title = demo.live, "Live: twin, policy and guard as three processes over DDS"
     if live is None:
         command = ("robot", "live", f"checkpoint={demo.folder}/train", f"out={demo.folder}/live")
-        return _section(title, _missing("live run", *command))
+        return section(title, _missing("live run", *command))
     columns = {
         "task": "task", "seed": "seed", "end": "end", "reason": "fault", "steps": "steps", "seconds": "time [s]",
         "chunks": "chunks", "p50_ms": "p50 [ms]", "real_time_factor": "real time", "slipped_s": "slipped [s]",
@@ -165,12 +145,12 @@ def _live(demo: Demo) -> str:
         ["simulator warnings", str(live["simulator_warnings"])],
     ]
     draw = _histogram(latency["values"], latency["p50"], latency["p99"])
-    plots = [_plot("camera stamp to command [ms]", "chunks", draw)] if latency["values"] else []
-    return _section(
+    plots = [plot("camera stamp to command [ms]", "chunks", draw)] if latency["values"] else []
+    return section(
         title,
-        _table(tuple(columns.values()), [[_number(run[key]) for key in columns] for run in runs]),
-        _grid([_table(("measure", "value"), facts), *plots]),
-        _grid([_envelope(live["envelope"]), _guard(live["guard"])]),
+        table(tuple(columns.values()), [[_number(run[key]) for key in columns] for run in runs]),
+        grid([table(("measure", "value"), facts), *plots]),
+        grid([_envelope(live["envelope"]), _guard(live["guard"])]),
     )
 
 
@@ -182,7 +162,7 @@ def _envelope(envelope: Mapping[str, Any] | None) -> str:
     peaks = {name: f"{value:,.2f} {units[name]}" for name, value in envelope["peaks"].items()}
     rows = [[name, str(n), peaks.get(name, "")] for name, n in envelope["violations"].items()]
     about = f"<p>{envelope['commands']} commands, {envelope['non_finite']} not finite.</p>"
-    return f"<div>{title}{about}{_table(('limit', 'violations', 'highest seen'), rows)}</div>"
+    return f"<div>{title}{about}{table(('limit', 'violations', 'highest seen'), rows)}</div>"
 
 
 def _guard(values: Mapping[str, float]) -> str:
@@ -192,7 +172,7 @@ def _guard(values: Mapping[str, float]) -> str:
     counts = [[k, f"{v:g}"] for k, v in sorted(values.items()) if k not in statistics]
     rows = [[name, *(f"{1e3 * values[f'{name}.{kind}']:.3g}" for kind in kinds)] for name in names]
     about = "<p>R0 dropped, R1 clamped, R2 decelerated and held, R3 fault until armed again.</p>"
-    tables = _table(("counter", "count"), counts) + _table(("[ms], or [mm] for _m", "mean", "std", "max"), rows)
+    tables = table(("counter", "count"), counts) + table(("[ms], or [mm] for _m", "mean", "std", "max"), rows)
     return f"<div><h3>What the guard counted</h3>{about}{tables}</div>"
 
 
@@ -204,10 +184,10 @@ def _rollouts(demo: Demo) -> str:
         budget -= path.stat().st_size
         parts.append(_rollout(path, embed=budget >= 0))
     if len(demo.videos) > MAX_ROLLOUTS:
-        parts.append(f"<p>{len(demo.videos) - MAX_ROLLOUTS} more: {_escape(demo.folder)}/eval/videos</p>")
+        parts.append(f"<p>{len(demo.videos) - MAX_ROLLOUTS} more: {escape(demo.folder)}/eval/videos</p>")
     if not demo.videos:
         parts.append(_missing("videos", *_again(demo)))
-    return _section("Rollouts, failures first", *parts)
+    return section("Rollouts, failures first", *parts)
 
 
 def _failures(demo: Demo, failures: Sequence[Mapping[str, Any]]) -> str:
@@ -216,7 +196,7 @@ def _failures(demo: Demo, failures: Sequence[Mapping[str, Any]]) -> str:
     where = (f"env.tasks=[{failures[0]['task']}]", f"seed={failures[0]['seed']}", "episodes=1")
     command = _command(("eval", f"{demo.folder}/train", f"out={demo.folder}/replay", *where))
     text = f"<p>Failed episodes{more}. To film one: {command}</p>"
-    return text + _table(("task", "seed", "end", "steps"), rows)
+    return text + table(("task", "seed", "end", "steps"), rows)
 
 
 def _rollout(path: Path, embed: bool) -> str:
@@ -225,17 +205,13 @@ def _rollout(path: Path, embed: bool) -> str:
     with av.open(str(path)) as container:
         rate = float(container.streams.video[0].average_rate or 1)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    strip = ""
-    for i in np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames))).round().astype(int).tolist():
-        jpeg, stamp = io.BytesIO(), f"{min(i / rate, seconds):.2f} s"
-        imsave(jpeg, frames[i], format="jpeg", pil_kwargs={"quality": 80})
-        image = f'<img alt="{stamp}" src="{_uri("image/jpeg", jpeg.getvalue())}">'
-        strip += f"<figure>{image}<figcaption>{stamp}</figcaption></figure>"
-    source = _uri("video/mp4", path.read_bytes()) if embed else ""
+    shown = np.linspace(0, len(frames) - 1, min(STRIP_FRAMES, len(frames))).round().astype(int).tolist()
+    pictures = strip([frames[i] for i in shown], [f"{min(i / rate, seconds):.2f} s" for i in shown])
+    source = uri("video/mp4", path.read_bytes()) if embed else ""
     video = f'<video controls loop muted playsinline src="{source}"></video>' if embed else ""
     text = f"{outcome}: {trace['task']}, seed {trace['seed']}, {seconds:.2f} s{'' if embed else f'; video: {path}'}"
-    film = f'<div class="film">{video}<div class="strip">{strip}</div></div>'
-    return f'<article class="{outcome}"><h3>{_escape(text)}</h3>{film}</article>'
+    film = f'<div class="film">{video}{pictures}</div>'
+    return f'<article class="{outcome}"><h3>{escape(text)}</h3>{film}</article>'
 
 
 def _actions(demo: Demo) -> str:
@@ -248,12 +224,12 @@ def _actions(demo: Demo) -> str:
             for f in trace["action_fields"]
             for i in range(f["size"])
         ]
-        plots = [_plot("time [s]", name, _chunks(trace, dim), height=1.7) for dim, name in enumerate(names)]
+        plots = [plot("time [s]", name, _chunks(trace, dim), height=1.7) for dim, name in enumerate(names)]
         if trace["chunks"]:  # a scripted expert predicts none
-            parts += [f"<h3>{_escape(trace['task'])}, seed {trace['seed']}</h3>", _grid(plots)]
+            parts += [f"<h3>{escape(trace['task'])}, seed {trace['seed']}</h3>", grid(plots)]
     about = "<p>Each thin line is a whole predicted chunk from its own step on; the thick one was sent.</p>"
     missing = _missing("recorded chunks", *_again(demo))
-    return _section("Predicted against executed actions", *([about, *parts] if parts else [missing]))
+    return section("Predicted against executed actions", *([about, *parts] if parts else [missing]))
 
 
 def _again(demo: Demo) -> tuple[str, ...]:
@@ -278,9 +254,7 @@ def _training(demo: Demo) -> str:
     config, log = demo.train, demo.log
     if config is None or not log:
         stores = f"data.stores=[{{path:{demo.folder}/demonstrations.zarr,weight:1}}]"
-        return _section(
-            "Training", _missing("training", "train", "experiment=demo", stores, f"run={demo.folder}/train")
-        )
+        return section("Training", _missing("training", "train", "experiment=demo", stores, f"run={demo.folder}/train"))
     curves = {
         "training loss": [row["loss"] for row in log],
         "learning rate": [row["lr"] for row in log],
@@ -295,57 +269,45 @@ def _training(demo: Demo) -> str:
 
         return draw
 
-    plots = [_plot("step", k, curve(values, "log" if "loss" in k else "linear")) for k, values in curves.items()]
+    plots = [plot("step", k, curve(values, "log" if "loss" in k else "linear")) for k, values in curves.items()]
     facts = (
         f"{log[-1]['step']} of {config['steps']} steps of {config['batch_size']} windows, "
         f"{config['noise_samples_per_context']} noise samples each, seed {config['seed']}, {config['device']}, "
         f"{config['precision']}; last loss {log[-1]['loss']:.4f}"
     )
-    return _section("Training", f"<p>{_escape(facts)}</p>", _grid(plots))
+    return section("Training", f"<p>{escape(facts)}</p>", grid(plots))
 
 
 def _data(demo: Demo) -> str:
     sheet = demo.folder / "demonstrations.png"
     if not sheet.is_file():
         missing = _missing("contact sheet", "inspect", f"{demo.folder}/demonstrations.zarr", "--sheet", str(sheet))
-        return _section("Demonstrations", missing)
-    image = f'<img class="wide" alt="frames of sampled episodes" src="{_uri("image/png", sheet.read_bytes())}">'
-    return _section("Demonstrations", image)
+        return section("Demonstrations", missing)
+    image = f'<img class="wide" alt="frames of sampled episodes" src="{uri("image/png", sheet.read_bytes())}">'
+    return section("Demonstrations", image)
 
 
 def _provenance(demo: Demo) -> str:
     steps = [
-        f"<p>{_escape(step)}, {_duration(t['seconds'])}: {_command(t['command'])}</p>" for step, t in demo.times.items()
+        f"<p>{escape(step)}, {_duration(t['seconds'])}: {_command(t['command'])}</p>" for step, t in demo.times.items()
     ]
     facts: list[list[str]] = []
     if demo.evaluation:
         mark = dict(demo.evaluation["fingerprint"])
         facts = [[k, str(v)] for k, v in (mark.pop("versions") | mark).items()]
         facts += [[f"policy {k}", v] for k, v in demo.evaluation["policy"].items()]
-    return _section("How this was made", *steps, _table(("what", "value"), facts) if facts else "")
+    return section("How this was made", *steps, table(("what", "value"), facts) if facts else "")
 
 
 # ---- pieces
 
 
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{_escape(title)}</h2>{''.join(parts)}</section>"
-
-
 def _missing(what: str, *command: str) -> str:
-    return f'<p class="missing">not run: {_escape(what)}; command: {_command(command)}</p>'
+    return f'<p class="missing">not run: {escape(what)}; command: {_command(command)}</p>'
 
 
 def _command(words: Sequence[str]) -> str:
-    return f"<code>{_escape(shlex.join(('dita', *words)))}</code>"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(tag: str, cells: Sequence[str]) -> str:
-        inside = (c if isinstance(c, Html) else _escape(c) for c in cells)
-        return f"<tr>{''.join(f'<{tag}>{c}</{tag}>' for c in inside)}</tr>"
-
-    return f'<div class="scroll"><table>{line("th", head)}{"".join(line("td", row) for row in rows)}</table></div>'
+    return f"<code>{escape(shlex.join(('dita', *words)))}</code>"
 
 
 def _rate(rate: Mapping[str, Any]) -> list[str]:
@@ -353,26 +315,6 @@ def _rate(rate: Mapping[str, Any]) -> list[str]:
     band = f'<i style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>'
     bar = Html(f'<span class="interval">{band}<b style="left:{100 * mean:.1f}%"></b></span>')
     return [f"{rate['successes']} / {rate['episodes']}", f"{mean:.0%}", _range((low, high)), bar]
-
-
-def _grid(cells: Sequence[str]) -> str:
-    return f'<div class="grid">{"".join(cells)}</div>'
-
-
-def _plot(x: str, y: str, draw: Draw, height: float = 2.4) -> str:
-    figure = Figure(figsize=(4.3, height), layout="constrained")
-    ax = figure.subplots()
-    draw(ax)
-    ax.set(xlabel=x, ylabel=y)
-    buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    )
-    svg = buffer.getvalue()
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])  # the same ids stand in every plot
-    for colour, variable in CSS_COLOURS.items():
-        svg = svg.replace(colour, variable)
-    return f'<figure role="img" aria-label="{_escape(f"{y} over {x}")}">{svg}</figure>'
 
 
 def _histogram(values: Sequence[float], p50: float, p99: float) -> Draw:
@@ -383,14 +325,6 @@ def _histogram(values: Sequence[float], p50: float, p99: float) -> Draw:
         ax.legend()
 
     return draw
-
-
-def _escape(text: object) -> str:
-    return html.escape(str(text))
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _range(interval: Sequence[float]) -> str:
@@ -424,50 +358,3 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} is not JSON lines: {e}") from None
-
-
-PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1c2126; --soft: #5d6872; --paper: #ffffff; --card: #f3f5f7; --grid: #dfe3e7;
-  --a: #0072b2; --b: #d55e00; --c: #00805e }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa6b2; --paper: #14181c; --card: #1e242a;
-  --grid: #333b43; --a: #56b4e9; --b: #f08c3c; --c: #2fc598 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 68rem; padding: 1.2rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { margin: 0; font-size: 1.8rem } h2 { margin: 2.4rem 0 .6rem; font-size: 1.25rem }
-h3 { margin: 1rem 0 .4rem; font-size: 1rem } header p { margin: 0 0 1rem; color: var(--soft) }
-code { font-size: .85em } figure { margin: 0 } svg { display: block; width: 100%; height: auto }
-.tiles, .grid { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(13rem, 100%), 1fr)) }
-.grid { gap: .8rem 2rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
-.grid > * { min-width: 0 } .grid th, .grid td { white-space: normal }
-.tiles div, article, .missing { background: var(--card); border-radius: .5rem; padding: .7rem .9rem }
-.tiles small, .tiles span { display: block; color: var(--soft); font-size: .85rem }
-.tiles strong { display: block; font-size: 1.7rem; line-height: 1.3 }
-.missing { border-left: .3rem solid var(--b) }
-.scroll { overflow-x: auto; margin: .6rem 0 } table { border-collapse: collapse; font-size: .9rem }
-th, td { text-align: left; padding: .25rem 1.1rem .25rem 0; border-bottom: 1px solid var(--grid); vertical-align: top;
-  font-variant-numeric: tabular-nums; white-space: nowrap; overflow-wrap: normal }
-th { color: var(--soft); font-weight: 600 }
-.interval { position: relative; display: inline-block; width: 9rem; height: .8rem; background: var(--grid);
-  border-radius: .2rem; print-color-adjust: exact }
-.interval i { position: absolute; height: 100%; background: var(--a); opacity: .55; border-radius: .2rem }
-.interval b { position: absolute; top: -.15rem; width: .2rem; margin-left: -.1rem; height: 1.1rem;
-  background: var(--ink) }
-.wide { max-width: 100%; border-radius: .4rem }
-article { margin: .8rem 0; border-left: .3rem solid var(--c) } article.failure { border-left-color: var(--b) }
-article h3 { margin-top: 0 } .film { display: flex; gap: .8rem; flex-wrap: wrap }
-.film video { width: 12rem; max-width: 100%; border-radius: .3rem }
-.strip { flex: 1 1 16rem; display: grid; gap: .3rem; grid-template-columns: repeat(auto-fit, minmax(5.5rem, 1fr)) }
-.strip img { display: block; width: 100%; border-radius: .3rem }
-figcaption { color: var(--soft); font-size: .75rem }
-@media (max-width: 40rem) { th, td { white-space: normal; padding-right: .6rem } .interval { display: none } }
-@media print { :root { font-size: 12px } body { max-width: none } video { display: none }
-  article, figure, tr { break-inside: avoid } h2, h3 { break-after: avoid } }
-</style></head>
-<body>
-$body
-</body></html>
-""")

@@ -36,6 +36,7 @@ from dita.checkpoint import (
 from dita.config import OptimConfig, TrainConfig, to_dict
 from dita.datasets.augment import augment
 from dita.datasets.dataset import WindowDataset, iter_low_dim, shots
+from dita.datasets.filters import filter_hash, kept
 from dita.datasets.mixture import MixtureSampler, loader
 from dita.datasets.store import Store
 from dita.normalize import fit
@@ -65,7 +66,7 @@ def train(config: TrainConfig, exist: Exist = "error") -> Path:
     if not config.data.stores:
         raise ValueError("nothing to train on: give 'data.stores=[{path:STORE,weight:1}]'")
     stores = [Store(s.path) for s in config.data.stores]  # refused before the run folder is claimed
-    episodes = [_episodes(store, config) for store in stores]
+    episodes = [_episodes(store, s.filter, config) for store, s in zip(stores, config.data.stores, strict=True)]
     with run_folder(run, config, exist):
         policy = build_policy(config, stores, episodes)
         trainer = Trainer(policy, config)
@@ -242,7 +243,7 @@ def run_folder(run: Path, config: TrainConfig, exist: Exist) -> Iterator[None]:
             for path in sorted((run / "checkpoints").rglob("*"), reverse=True):
                 path.unlink() if path.is_file() else path.rmdir()
             (run / "log.jsonl").unlink(missing_ok=True)
-        write_json(run / "config.json", to_dict(config))
+        write_json(run / "config.json", _described(config))
         yield
     finally:
         lock.unlink(missing_ok=True)
@@ -262,10 +263,16 @@ def _take_lock(lock: Path) -> None:
 
 
 def _refuse_drift(saved: dict[str, Any], config: TrainConfig, run: Path) -> None:
-    now = json.loads(json.dumps(to_dict(config)))
+    now = json.loads(json.dumps(_described(config)))
     changed = [f"{k}: was {a!r}, now {b!r}" for k, a, b in _flat_diff(saved, now) if k not in MAY_CHANGE_ON_RESUME]
     if changed:
         raise ValueError(f"{run} was started with another config: {'; '.join(changed[:8])}; use another run=")
+
+
+def _described(config: TrainConfig) -> dict[str, Any]:
+    """Return the config with the content of the filters it names: an edited one is another run."""
+    hashes = {s.filter: filter_hash(s.filter) for s in config.data.stores if s.filter is not None}
+    return to_dict(config) | ({"filters_sha256": hashes} if hashes else {})
 
 
 def _flat_diff(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
@@ -279,10 +286,9 @@ def _has_checkpoint(run: Path) -> bool:
     return any((run / "checkpoints").glob("[0-9]*/train/manifest.json"))
 
 
-def _episodes(store: Store, config: TrainConfig) -> list[int]:
-    if config.data.shots is None:
-        return list(range(len(store.episodes)))
-    return list(shots(store, config.data.shots, config.seed))
+def _episodes(store: Store, filter: str | None, config: TrainConfig) -> list[int]:
+    among = kept(store, filter)
+    return list(among if config.data.shots is None else shots(store, config.data.shots, config.seed, among))
 
 
 def _batches(

@@ -358,6 +358,8 @@ def test_inspect_tells_what_is_there(stored) -> None:
     assert info["fps"] == 80 and abs(info["fps_measured"] - 80) < 1e-6
     assert info["instructions"] == {"open the drawer": 2, "press the button": 1}
     assert (info["successes"], info["success_unknown"]) == (1, 1)
+    assert info["instruction_by_episode"] == [e.instruction for e in episodes]
+    assert info["success_by_episode"] == [True, False, None]
     assert info["cameras"] == [{"name": f"cam{i}", "height": 8, "width": 8} for i in range(2)]
     hand, gripper = info["state"]
     assert (hand["name"], hand["unit"], gripper["size"]) == ("hand", "m", 1)

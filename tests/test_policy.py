@@ -23,9 +23,11 @@ from hypothesis import strategies as st
 
 from dita.batch import Batch
 from dita.checkpoint import load_policy, save_policy
+from dita.cli import compose
+from dita.config import TrainConfig
 from dita.embodiment import embodiment_from_dict
 from dita.policy.diffusion import Diffusion, masked_mse
-from dita.policy.model import timestep_embedding
+from dita.policy.model import DitaModel, timestep_embedding
 from dita.policy.transformer import Trunk, block_mask, causal_mask
 from dita.preprocess import Contract
 
@@ -339,6 +341,30 @@ def test_overfits_one_batch(spec, objective) -> None:
     error = (actions - batch.actions).abs()[batch.action_valid]
     assert float(error.mean()) < 0.15
     assert torch.all(actions[~batch.action_valid] == 0)
+
+
+def test_recomputed_activations_give_the_same_gradients(spec) -> None:
+    def gradients(checkpointing: bool) -> dict:
+        policy = make_policy(spec, max_committed_slots=2)
+        if checkpointing:
+            policy.model.checkpoint_activations()
+        batch = batch_of(policy, [make_window(spec, 0), make_window(spec, 1)])
+        policy.loss(batch, 2, torch.Generator().manual_seed(0)).backward()
+        return {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+
+    kept, recomputed = gradients(False), gradients(True)
+    assert kept.keys() == recomputed.keys()
+    for name, gradient in kept.items():
+        torch.testing.assert_close(recomputed[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+def test_shipped_sizes() -> None:
+    sizes = {}
+    for name in ("dita_tiny", "dita_small"):
+        config = compose("train", [f"policy={name}"], TrainConfig).policy
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in DitaModel(config, embodiments=3).parameters())
+    assert 1e6 < sizes["dita_tiny"] < 3e6 and 27e6 < sizes["dita_small"] < 33e6, sizes
 
 
 def test_predict_is_a_function_of_history_and_seed(spec) -> None:

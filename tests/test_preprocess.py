@@ -37,6 +37,26 @@ def test_shipped_embodiments_load_and_round_trip(path) -> None:
     assert load_embodiment(path) == spec
 
 
+def test_shipped_embodiments_share_slots() -> None:
+    """One arm's fields stand where every other arm has them, so that a mixture shares what it learns."""
+    arm = {
+        "action": {"ee_position": 0, "ee_rotation_axis_angle": 3, "gripper": 6, "joint_position": 7},
+        "state": {"ee_position": 0, "ee_rotation_6d": 3, "gripper": 9, "joint_position": 10},
+    }
+    robots = ("franka_panda", "franka_fr3", "widowx_250s", "ur5e", "xarm6", "xarm7", "sawyer", "kinova_gen3",
+              "kuka_iiwa", "google_robot", "fetch", "metaworld_sawyer")  # fmt: skip
+    for spec in map(load_embodiment, robots):
+        for group, fields in (("state", spec.state), ("action", spec.action)):
+            first: dict[str, int] = {}
+            for f in fields:
+                first.setdefault("gripper" if f.kind.startswith("gripper") else f.kind, f.slot)
+            for kind, slot in first.items():
+                if f"{group}/{kind}" != "action/joint_position" or spec.name != "fetch":  # only its torso
+                    assert arm[group].get(kind, slot) == slot, f"{spec.name}: {group}.{kind}"
+        gripper = next(f for f in spec.state if f.kind == "gripper_position")
+        assert (gripper.low, gripper.high) == ((0.0,), (1.0,))
+
+
 def test_unknown_embodiment_lists_the_shipped_ones() -> None:
     with pytest.raises(ValueError, match=r"shipped: .*metaworld_sawyer"):
         load_embodiment("metaworld_swayer")

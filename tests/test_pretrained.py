@@ -62,6 +62,29 @@ def test_a_policy_with_dino_and_clip_learns_saves_and_loads(spec, clip, tmp_path
     assert (a == b).all()
 
 
+def test_patches_alone_are_tokens_too(spec, tmp_path) -> None:
+    """dinov2_patches: every patch is a token, its width projected; the ViT recomputes activations too."""
+    vision = dataclasses.replace(VIT, kind="dinov2_patches", patch_dim=32)
+    config = policy_config(vision=vision, cameras=2)
+    spec = dataclasses.replace(spec, cameras=(dataclasses.replace(spec.cameras[0], height=28, width=28),))
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        policy = DitaPolicy(config, diffusion_config(), contract_of([spec], config))
+        if checkpointing:
+            policy.model.checkpoint_activations()
+        batch = policy.preprocessor.batch([make_window(spec, 0)])
+        assert policy.model.context(batch.observation).observed == 8 + 2 + 2 * 2 * 4  # words, states, t v q
+        policy.loss(batch, 2, torch.Generator().manual_seed(0)).backward()
+        weight = policy.model.vision.patches.vit.embeddings.patch_embeddings.projection.weight  # pyright: ignore
+        gradients.append(weight.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients, atol=1e-7, rtol=1e-4)
+    for wrong in ({"tokens": 5}, {"image_size": 30}):
+        with pytest.raises(ValueError, match=r"\(image_size / 14\)\^2 tokens"):
+            VisualTokenizer(dataclasses.replace(vision, **wrong), 64)
+
+
 def test_dino_loads_from_a_folder_and_refuses_another_model(tmp_path, clip) -> None:
     from transformers import Dinov2WithRegistersModel
 

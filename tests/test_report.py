@@ -19,7 +19,7 @@ import yaml
 from fake_robot import EMBODIMENT
 
 import dita.evaluate
-import dita.report
+import dita.page
 from dita.checkpoint import write_json
 from dita.cli import build_parser, compose
 from dita.config import EnvConfig, EvalConfig, LiveConfig, TrainConfig, from_dict, to_dict
@@ -246,7 +246,7 @@ def test_one_plot_per_action_dim_from_the_recorded_chunks(whole) -> None:
 def test_colours_follow_the_theme(whole) -> None:
     source, _ = whole
     body = source[source.index("<body>") :]
-    assert not [c for c in dita.report.CSS_COLOURS if c in body]
+    assert not [c for c in dita.page.CSS_COLOURS if c in body]
     assert "prefers-color-scheme: dark" in source and "var(--ink)" in body
 
 

@@ -22,7 +22,8 @@ from conftest import embodiment_dict
 
 import dita.datasets.jpeg  # noqa: F401  lets zarr-python read codec=jpeg
 from dita.datasets.shards import INDEX_BYTES, MISSING
-from dita.datasets.store import Store, StoreError, StoreWriter
+from dita.datasets.store import Store, StoreError
+from dita.datasets.writer import StoreWriter
 from dita.embodiment import embodiment_from_dict
 from dita.types import EmbodimentSpec, Episode
 

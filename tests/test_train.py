@@ -55,7 +55,7 @@ def config_for(store: Path, run: Path, **changes) -> TrainConfig:
         "keep_last": 2,
         "policy": policy_config(), "diffusion": diffusion_config(),
         "preprocess": PreprocessConfig("min_max", "squash"),
-        "data": DataConfig((StoreConfig(str(store), 1.0),), "mask", "ram", 0, None),
+        "data": DataConfig((StoreConfig(str(store), 1.0, None),), "mask", "ram", 0, None),
         "augment": AugmentConfig(2, 0.1, 0.1, 0.1),
         "optim": OptimConfig(1e-3, 0.1, 0.01, (0.9, 0.95), 2, "cosine", 1.0, 0.99),
     }  # fmt: skip

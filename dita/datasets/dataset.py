@@ -150,15 +150,23 @@ class _FrameCache:
         }
 
 
-def shots(store: Store, k: int, seed: int) -> tuple[int, ...]:
+def shots(store: Store, k: int, seed: int, among: Sequence[int] | None = None) -> tuple[int, ...]:
     """Choose k episodes, the same ones for a seed; fewer shots are a subset of more.
 
+    Args:
+        store: to choose from.
+        k: how many.
+        seed: of the order.
+        among: numbers of the episodes to choose from; None: all. The others' order does not depend on it.
+
     Raises:
-        ValueError: the store has fewer than k episodes, or k < 1.
+        ValueError: there are fewer than k episodes, or k < 1.
     """
-    if not 1 <= k <= len(store.episodes):
-        raise ValueError(f"{store.path} has {len(store.episodes)} episodes, asked for {k} shots")
-    return tuple(sorted(np.random.default_rng([seed, SHOTS]).permutation(len(store.episodes))[:k].tolist()))
+    allowed = set(range(len(store.episodes)) if among is None else among)
+    if not 1 <= k <= len(allowed):
+        raise ValueError(f"{store.path} has {len(allowed)} episodes, asked for {k} shots")
+    order = np.random.default_rng([seed, SHOTS]).permutation(len(store.episodes)).tolist()
+    return tuple(sorted([e for e in order if e in allowed][:k]))
 
 
 def iter_low_dim(

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dita.datasets.store import Store, staged_episodes
+from dita.datasets.segments import staged_episodes
+from dita.datasets.store import Store
 from dita.embodiment import slices
 from dita.types import FieldSpec
 
@@ -71,6 +72,8 @@ def inspect(store: Store) -> dict[str, Any]:
         "state": _describe(spec.state, state),
         "action": _describe(spec.action, action),
         "sources": [e.source for e in store.episodes],
+        "instruction_by_episode": [e.instruction for e in store.episodes],
+        "success_by_episode": [e.success for e in store.episodes],
         "action_sum": [a.sum(0, dtype=np.float64).tolist() for a in action],
         "action_first": [a[0].tolist() for a in action],
         "action_last": [a[-1].tolist() for a in action],
@@ -185,6 +188,7 @@ def _describe(fields: tuple[FieldSpec, ...], episodes: list[np.ndarray]) -> list
             "frame": f.frame,
             "mode": f.mode,
             "reference": f.reference,
+            "scale": f.scale,  # stored value = scale * the source's own
             "min": low[here].tolist(),
             "max": high[here].tolist(),
             "low": list(f.low),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dita.config import CollectConfig
-from dita.datasets.store import StoreWriter
+from dita.datasets.writer import StoreWriter
 from dita.embodiment import load_embodiment
 from dita.envs import check_tasks, make
 from dita.envs.base import RobotEnv
