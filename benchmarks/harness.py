@@ -85,7 +85,8 @@ def busy_cores(seconds: float = SETTLE_S) -> float:
 def interleave(ours: Callable[[], Any], peer: Callable[[], Any], pairs: int = PAIRS, warm_up: int = 1) -> Pairs:
     """Time two functions in turn: ours, peer, ours, peer ..."""
     for _ in range(warm_up):
-        ours(), peer()
+        ours()
+        peer()
     others = busy_cores()
     rows = [(_timed(ours), _timed(peer)) for _ in range(pairs)]
     wall, cpu = ([(a[clock], b[clock]) for a, b in rows] for clock in (0, 1))
@@ -158,7 +159,7 @@ def readme_table(folder: Path = RESULTS) -> str:
     from benchmarks.rows import ROWS
 
     lines = ["| row | case | ours | peer | ratio | goal | met |", "|---|---|---|---|---|---|---|"]
-    cpus, missing = set(), []
+    cpus, missing, notes = set(), [], []
     for row in ROWS:
         path = folder / f"{row}.json"
         if not path.exists():
@@ -169,13 +170,11 @@ def readme_table(folder: Path = RESULTS) -> str:
                  f"{values['machine']['versions']['torch']}")  # fmt: skip
         for c in values["cases"]:
             case = Case(**c)
-            cells = " | ".join(_cells(case))
-            lines.append(f"| {row} | {case.name} | {cells} |")
+            lines.append(f"| {row} | {case.name} | {' | '.join(_cells(case))} |")
             if case.note:
-                lines.append(f"| | | | | | | {case.note} |")
-    if missing:
-        lines.append(f"\nNot yet measured: {', '.join(missing)}.")
-    return "\n".join([*lines, "", f"Machine: {'; '.join(sorted(cpus)) or 'none yet'}."]) + "\n"
+                notes.append(f"- {row}, {case.note}" if case.met else f"- **{row}**, {case.note}")
+    notes += [f"- Not yet measured: {', '.join(missing)}."] if missing else []
+    return "\n".join([*lines, "", *notes, "", f"Machine: {'; '.join(sorted(cpus)) or 'none yet'}."]) + "\n"
 
 
 def write_readme() -> None:
