@@ -107,6 +107,7 @@ def test_libraries_stay_in_their_rooms() -> None:
         "zarr": {"dita/datasets/"}, "mujoco": {"dita/envs/", "dita/machine.py", "robot_io/nodes.py"},
         "metaworld": {"dita/envs/"}, "diffusers": {"dita/policy/diffusion.py", "dita/train.py"},
         "transformers": {"dita/policy/vision.py", "dita/policy/language.py"},
+        "obstore": {"dita/datasets/files.py"},
         "cyclonedds": {"robot_io/bus_dds.py"}, "rclpy": {"robot_io/bus_rclpy.py"},
     }  # fmt: skip
     for folder in ("dita", "robot_io"):
