@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | evidence; the first call creates .venv from pyproject.toml and constraints.txt
+# make demo | test | lint | evidence | evidence-store; the first call creates .venv from pyproject.toml and constraints.txt
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint evidence clean
+.PHONY: demo test lint evidence evidence-store clean
 
 demo: $(VENV)/.installed  ## the main job, end to end; an interrupted one continues
 	@$(BIN)/dita env --setup
@@ -22,6 +22,9 @@ lint: $(VENV)/.installed
 
 evidence: $(VENV)/.installed  ## hours: three training seeds, baselines, multitask; resumes; writes docs/evidence
 	@$(BIN)/python benchmarks/evidence.py
+
+evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other fault of a store; resumes
+	@$(BIN)/python benchmarks/store_faults.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Dita needs Python 3.11 or 3.12 with venv: apt-get install python3 python3-venv"; exit 1; }

@@ -1,6 +1,6 @@
 """The files of a store, on a local disk or behind s3://, gs://, http:// and https://: one small seam, two sides.
 
-Local files are mapped into memory. Remote ones are read through obstore, whose credentials, region and endpoint come
+Remote ones are read through obstore, whose credentials, region and endpoint come
 from the environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS, ...); what a server answers is never echoed, since it may quote them. Neither side
 writes.
@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import unquote, urlsplit
+
+import numpy as np
 
 from dita.datasets.shards import StoreError
 
@@ -29,6 +32,8 @@ SCHEMES = ("s3", "gs", "http", "https")
 CLIENT = {"connect_timeout": "5s", "timeout": "60s", "allow_http": True}  # http only where an endpoint says so
 RETRY = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
 PARALLEL = 16  # requests at once while opening
+RESIDENT = 128 * 2**20  # [bytes] of mapped files that may count as a process's memory
+FAULT_AROUND = 64 * 2**10  # [bytes] that the kernel maps around one touched
 WHOLE_FILES = 4  # kept of a server that cannot send parts
 REASONS = {  # words of an error -> what we say
     "Connection refused": "connection refused",
@@ -114,25 +119,44 @@ class LocalFiles:
     def open(self, name: str, tail: int) -> tuple[LocalPieces, bytes]:
         """Open a file to read pieces of it; return its last `tail` bytes along, fewer where it is shorter."""
         with (self.root / name).open("rb") as file:
-            size = file.seek(0, 2)
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        return LocalPieces(memoryview(data), size), data[-tail:]
+            pieces = LocalPieces(file.fileno())
+        return pieces, pieces.data[-tail:].tobytes()
 
     def map(self, call: Callable[[T], U], items: Iterable[T]) -> list[U]:
         """Call on each item, in order."""
         return [call(item) for item in items]
 
 
-@dataclass(frozen=True, eq=False)
 class LocalPieces:
-    """One file, mapped."""
+    """One file, mapped into memory.
 
-    data: memoryview
-    size: int
+    The pages of a mapping count as this process's memory until the kernel is told otherwise: without that, a loader
+    seems to grow by the data set.
+    """
 
-    def cut(self, pieces: Sequence[tuple[int, int]]) -> list[memoryview]:
-        """Return the bytes of each (offset, length), without a copy."""
+    _mapped: ClassVar[weakref.WeakSet[LocalPieces]] = weakref.WeakSet()
+    _touched: ClassVar[int] = 0  # [bytes] of all mappings since they were last given back
+
+    def __init__(self, file: int) -> None:
+        """Map an open file."""
+        self.size = os.fstat(file).st_size
+        self._map = mmap.mmap(file, 0, access=mmap.ACCESS_READ) if self.size else None
+        self.data = np.frombuffer(self._map or b"", np.uint8)
+        LocalPieces._mapped.add(self)
+
+    def cut(self, pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """Return the bytes of each (offset, length), not copied."""
+        LocalPieces._touched += sum(length + FAULT_AROUND for _, length in pieces)
+        if LocalPieces._touched > RESIDENT:
+            LocalPieces._give_back()
         return [self.data[start : start + length] for start, length in pieces]
+
+    @classmethod
+    def _give_back(cls) -> None:
+        for mapped in cls._mapped:
+            if mapped._map is not None:
+                mapped._map.madvise(mmap.MADV_DONTNEED)
+        cls._touched = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,15 +237,16 @@ class RemoteFiles:
                 data = self._whole(name)
                 return RemotePieces(self, name, len(data), True), data[-tail:]
 
-    def cut(self, name: str, pieces: Sequence[tuple[int, int]], whole: bool) -> list[memoryview]:
+    def cut(self, name: str, pieces: Sequence[tuple[int, int]], whole: bool) -> list[np.ndarray]:
         """Return the bytes of each (offset, length) of a file, in as few requests as their distances allow."""
         import obstore
 
         starts, lengths = [p[0] for p in pieces], [p[1] for p in pieces]
         with self._errors(name):
             if not whole:
-                return [memoryview(b) for b in obstore.get_ranges(self._store, name, starts=starts, lengths=lengths)]
-            data = memoryview(self._whole(name))
+                found: Sequence[Any] = obstore.get_ranges(self._store, name, starts=starts, lengths=lengths)
+                return [np.frombuffer(part, np.uint8) for part in found]
+            data = np.frombuffer(self._whole(name), np.uint8)
             return [data[start : start + length] for start, length in pieces]
 
     def map(self, call: Callable[[T], U], items: Iterable[T]) -> list[U]:
@@ -288,7 +313,7 @@ class RemotePieces:
     size: int
     whole: bool  # the server cannot send parts
 
-    def cut(self, pieces: Sequence[tuple[int, int]]) -> list[memoryview]:
+    def cut(self, pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Return the bytes of each (offset, length)."""
         return self.files.cut(self.name, pieces, self.whole)
 

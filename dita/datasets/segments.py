@@ -205,8 +205,8 @@ def read_root(files: Files) -> Root:
     root = parse_json(data, path)
     attributes = _member(_member(root, "attributes"), "dita")
     if not isinstance(version := _member(attributes, "format_version"), int):
-        raise StoreError(f"E_SCHEMA: {files.root} is not a store of dita: its attributes lack dita.format_version")
-    _check_version(version, files.root)
+        raise StoreError(f"E_SCHEMA: {path} is not of a store of dita: its attributes lack dita.format_version")
+    _check_version(version, path)
     known = {k: attributes.get(k) for k in ("embodiment", "control_hz", "source", "licence")}
     if text := difference(GROUP | {"attributes": {"dita": known | {"format_version": FORMAT_VERSION}}}, root):
         raise StoreError(f"E_SCHEMA: {path}: {text}")

@@ -22,7 +22,8 @@ import numpy as np
 CHUNKS_PER_SHARD = 256
 INDEX_BYTES = CHUNKS_PER_SHARD * 16 + 4  # (offset, size) uint64 pairs and a crc32c, at the end of the file
 MISSING = 2**64 - 1
-OPEN_SHARDS = 128  # mapped at once per array: each mapping holds a file descriptor, and 1024 is a common limit
+CRC_OF_CHECKED = 0x48674BC7  # of anything with its own crc32c behind it: no copy without the last four bytes
+OPEN_SHARDS = 128  # at once per array: each holds a file descriptor, and 1024 is a common limit
 READ_AT_ONCE = 64  # frames: more than a window, little enough to hold twice
 
 BYTES = {"name": "bytes"}
@@ -133,29 +134,28 @@ class ShardReader:
         """Return the given frames of the segment, [t, ...]; `inner` must be 1."""
         out = np.empty((len(frames), *self.layout.shape[1:]), self.layout.dtype)
         for start in range(0, len(frames), READ_AT_ONCE):
-            for i, payload in self._payloads(frames[start : start + READ_AT_ONCE]):
-                out[start + i] = self._decode(payload)[0]
+            for i, chunk in self._chunks(frames[start : start + READ_AT_ONCE]):
+                out[start + i] = self._decode(chunk)[0]
         return out
 
     def read_all(self) -> np.ndarray:
         """Return the whole array."""
         chunks = range(-(-self.layout.shape[0] // self.layout.inner))
-        return np.concatenate([self._decode(p) for _, p in self._payloads(chunks)])[: self.layout.shape[0]]
+        return np.concatenate([self._decode(chunk) for _, chunk in self._chunks(chunks)])[: self.layout.shape[0]]
 
     def check_shard(self, shard: int) -> None:
         """Check the index and every chunk of one shard."""
         first, last = shard * CHUNKS_PER_SHARD, -(-self.layout.shape[0] // self.layout.inner)
         for chunk in range(first, min(first + CHUNKS_PER_SHARD, last)):
-            list(self._payloads([chunk]))
+            list(self._chunks([chunk]))
 
-    def _decode(self, payload: bytes) -> np.ndarray:
-        shape = (self.layout.inner, *self.layout.shape[1:])
-        if self.layout.codec == "jpeg":
-            return decode_jpeg(payload).reshape(shape)
-        return np.frombuffer(payload, self.layout.dtype).reshape(shape)
+    def _decode(self, chunk: np.ndarray) -> np.ndarray:
+        payload = chunk[:-4]
+        values = decode_jpeg(payload) if self.layout.codec == "jpeg" else payload.view(self.layout.dtype)
+        return values.reshape(self.layout.inner, *self.layout.shape[1:])
 
-    def _payloads(self, chunks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        """Yield (position, checked bytes) of some chunks, shard by shard; each is asked once for all it has to give."""
+    def _chunks(self, chunks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position, checked bytes and crc) of some chunks; each shard is asked once for all it has to give."""
         for shard in sorted({chunk // CHUNKS_PER_SHARD for chunk in chunks}):
             pieces, index = self._shard(shard)
             mine = [i for i, chunk in enumerate(chunks) if chunk // CHUNKS_PER_SHARD == shard]
@@ -167,12 +167,11 @@ class ShardReader:
                     what = f"the chunk ends at byte {offset + size} of {pieces.size}"
                     raise self._error("E_TRUNCATED", chunks[i], what)
             for i, chunk in zip(mine, self._cut(pieces, wanted, chunks[mine[0]]), strict=True):
-                payload = bytes(chunk[:-4])  # google_crc32c takes no views
-                if google_crc32c.value(payload) != int.from_bytes(chunk[-4:], "little"):
+                if google_crc32c.value(chunk) != CRC_OF_CHECKED:
                     raise self._error("E_CHECKSUM", chunks[i], "the chunk's crc32c does not match")
-                yield i, payload
+                yield i, chunk
 
-    def _cut(self, pieces: Any, wanted: list[list[int]], first: int) -> list[memoryview]:
+    def _cut(self, pieces: Any, wanted: list[list[int]], first: int) -> list[np.ndarray]:
         try:
             return pieces.cut(wanted)
         except FileNotFoundError:
@@ -186,7 +185,7 @@ class ShardReader:
             raise self._error("E_CHUNK_MISSING", number, "the shard file does not exist") from None
         if pieces.size < INDEX_BYTES:
             raise self._error("E_TRUNCATED", number, f"{pieces.size} bytes are too few for a shard")
-        if google_crc32c.value(index[:-4]) != int.from_bytes(index[-4:], "little"):
+        if google_crc32c.value(index) != CRC_OF_CHECKED:
             raise self._error("E_CHECKSUM", number, "the shard index's crc32c does not match")
         return pieces, np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist()
 
@@ -196,7 +195,7 @@ class ShardReader:
         return StoreError(f"{code}: {path}: {what} ({where}); restore the file from a copy or rebuild the store")
 
 
-def decode_jpeg(payload: bytes) -> np.ndarray:
+def decode_jpeg(payload: Any) -> np.ndarray:
     """Decode one JPEG to uint8 [h, w, 3]."""
     return import_simplejpeg().decode_jpeg(payload, "RGB")
 
