@@ -32,8 +32,8 @@ SCHEMES = ("s3", "gs", "http", "https")
 CLIENT = {"connect_timeout": "5s", "timeout": "60s", "allow_http": True}  # http only where an endpoint says so
 RETRY = {"max_retries": 4, "retry_timeout": timedelta(seconds=60)}
 PARALLEL = 16  # requests at once while opening
-RESIDENT = 128 * 2**20  # [bytes] of mapped files that may count as a process's memory
-FAULT_AROUND = 64 * 2**10  # [bytes] that the kernel maps around one touched
+RESIDENT = 512 * 2**20  # [bytes] of files that may stay mapped whole; of more, pages are given back
+GIVE_BACK = 32  # pieces read between two files whose pages are given back
 WHOLE_FILES = 4  # kept of a server that cannot send parts
 REASONS = {  # words of an error -> what we say
     "Connection refused": "connection refused",
@@ -131,11 +131,12 @@ class LocalPieces:
     """One file, mapped into memory.
 
     The pages of a mapping count as this process's memory until the kernel is told otherwise: without that, a loader
-    seems to grow by the data set.
+    grows by the data set. One file after the other is let go, so that the memory stays level.
     """
 
     _mapped: ClassVar[weakref.WeakSet[LocalPieces]] = weakref.WeakSet()
-    _touched: ClassVar[int] = 0  # [bytes] of all mappings since they were last given back
+    _next: ClassVar[list[weakref.ref[LocalPieces]]] = []  # whose pages are given back next
+    _read: ClassVar[int] = 0  # pieces since the last one
 
     def __init__(self, file: int) -> None:
         """Map an open file."""
@@ -146,17 +147,19 @@ class LocalPieces:
 
     def cut(self, pieces: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         """Return the bytes of each (offset, length), not copied."""
-        LocalPieces._touched += sum(length + FAULT_AROUND for _, length in pieces)
-        if LocalPieces._touched > RESIDENT:
+        LocalPieces._read += len(pieces)
+        if LocalPieces._read > GIVE_BACK:
             LocalPieces._give_back()
         return [self.data[start : start + length] for start, length in pieces]
 
     @classmethod
     def _give_back(cls) -> None:
-        for mapped in cls._mapped:
-            if mapped._map is not None:
-                mapped._map.madvise(mmap.MADV_DONTNEED)
-        cls._touched = 0
+        cls._read = 0
+        if not cls._next and sum(mapped.size for mapped in cls._mapped) > RESIDENT:
+            cls._next = [weakref.ref(mapped) for mapped in cls._mapped]
+        mapped = cls._next.pop()() if cls._next else None
+        if mapped is not None and mapped._map is not None:
+            mapped._map.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,8 +247,8 @@ class RemoteFiles:
         starts, lengths = [p[0] for p in pieces], [p[1] for p in pieces]
         with self._errors(name):
             if not whole:
-                found: Sequence[Any] = obstore.get_ranges(self._store, name, starts=starts, lengths=lengths)
-                return [np.frombuffer(part, np.uint8) for part in found]
+                found = obstore.get_ranges(self._store, name, starts=starts, lengths=lengths)
+                return [np.frombuffer(part, np.uint8) for part in found]  # pyright: ignore
             data = np.frombuffer(self._whole(name), np.uint8)
             return [data[start : start + length] for start, length in pieces]
 
