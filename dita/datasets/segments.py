@@ -299,6 +299,11 @@ def parse_json(data: bytes, where: Path | str) -> Any:
         raise StoreError(f"E_SCHEMA: {where} is not JSON; {RESTORE}") from None
 
 
+def read_json(path: Path) -> Any:
+    """Read a local JSON file; raise E_SCHEMA where it is none."""
+    return parse_json(path.read_bytes(), path)
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 

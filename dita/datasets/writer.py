@@ -29,7 +29,7 @@ from dita.datasets.segments import (
     SEALED,
     Segment,
     check_names,
-    parse_json,
+    read_json,
     read_root,
     sealed_segments,
     segment_files,
@@ -200,7 +200,7 @@ class StoreWriter:
         entries, frames = [], 0
         for episode in staged:
             length = _check_staged(episode, self.spec)
-            entries.append({**_read_entry(episode), "start": frames, "stop": frames + length})
+            entries.append({**read_json(episode / "episode.json"), "start": frames, "stop": frames + length})
             frames += length
         layouts = segment_layouts(self.spec, frames, self._codec)
         _write_json(folder / "images" / "zarr.json", GROUP)
@@ -236,7 +236,7 @@ class StoreWriter:
 
     def _read_staged(self) -> None:
         for folder in (self.path / name for name in staged_episodes(self._files)):
-            entry = _read_entry(folder)
+            entry = read_json(folder / "episode.json")
             self._remember(entry)
             if folder.parent == self._staging:
                 self._staged[entry["source"]] = folder
@@ -258,7 +258,7 @@ class StoreWriter:
                 yield f"removed the unfinished episode {folder.name}; its writer ended before it was staged"
             elif folder.suffix == ".removed":
                 shutil.rmtree(folder)
-            elif _read_entry(folder)["source"] in self._sources:
+            elif read_json(folder / "episode.json")["source"] in self._sources:
                 _remove(folder)
                 yield f"removed the staged copy {folder.name} of a sealed episode"
 
@@ -399,18 +399,13 @@ def _stage(folder: Path, arrays: Mapping[str, np.ndarray], entry: Mapping[str, A
         raise
 
 
-def _read_entry(folder: Path) -> dict[str, Any]:
-    path = folder / "episode.json"
-    return parse_json(path.read_bytes(), path)
-
-
 def _load_staged(folder: Path, name: str) -> np.ndarray:
     return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
 
 def _check_staged(folder: Path, spec: EmbodimentSpec) -> int:
     """Return the number of frames of a staged episode that is as it was when it was added."""
-    entry = _read_entry(folder)
+    entry = read_json(folder / "episode.json")
     try:
         episode = Episode(
             images={c.name: _load_staged(folder, f"images/{c.name}") for c in spec.cameras},
