@@ -66,12 +66,13 @@ def batches_of(
     vision = VisionConfig("conv_qformer", size, 4, 1, None, True, 16, 0, 0, None, False)
     policy = PolicyConfig(
         name="none", dim=64, layers=1, heads=1, ffn_dim=64, n_obs_steps=n_obs_steps, chunk_size=8, n_action_steps=8,
-        past_action_slots=0, max_committed_slots=0, action_dim=32, state_dim=64, cameras=1 + max(c.slot for c in store.spec.cameras),
+        past_action_slots=0, max_committed_slots=0, action_dim=32, state_dim=64,
+        cameras=1 + max(c.slot for c in store.spec.cameras),
         state_tokens=True, embodiment_token=False, action_embedding="linear", action_attention="causal",
         vision=vision, language=LanguageConfig("bytes", 64, 1, None),
     )  # fmt: skip
     stats = fit(store.spec, iter_low_dim(store))
-    contract = make_contract(PreprocessConfig("min_max", "squash"), policy, [store.spec], [stats])
+    contract = make_contract(PreprocessConfig("min_max", "squash", "stored"), policy, [store.spec], [stats])
     dataset = WindowDataset(store, n_obs_steps=n_obs_steps, chunk_size=8, pad_end="mask", cache=cache)
     return loader(
         [dataset], MixtureSampler([len(dataset)], [1.0], 0), batch_size=batch_size,

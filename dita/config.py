@@ -143,6 +143,9 @@ class PreprocessConfig:
 
     normalization: Literal["q01_q99", "min_max", "mean_std"]
     resize: Literal["squash", "letterbox"]
+    actions: Literal[
+        "stored", "relative"
+    ]  # relative: absolute positions and rotations, to the state at the chunk's start
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,12 @@ from dita.datasets.dataset import WindowDataset, iter_low_dim, shots
 from dita.datasets.filters import filter_hash, kept
 from dita.datasets.mixture import MixtureSampler, check_rates, loader
 from dita.datasets.store import Store
+from dita.datasets.windows import strides
 from dita.normalize import fit
 from dita.policy.policy import DitaPolicy
 from dita.preprocess import Contract, make_contract
-from dita.types import NormStats
+from dita.relative import relative_chunks
+from dita.types import EmbodimentSpec, NormStats
 
 Exist = Literal["error", "resume", "overwrite"]
 INIT, NOISE, AUGMENT, DATA = range(4)  # purposes of random numbers
@@ -96,8 +98,16 @@ def build_contract(config: TrainConfig, stores: Sequence[Store], episodes: Seque
     stats: list[NormStats] = []
     for spec in specs.values():
         parts = [(s, e) for s, e in zip(stores, episodes, strict=True) if s.spec.name == spec.name]
-        stats.append(fit(spec, (pair for store, chosen in parts for pair in iter_low_dim(store, chosen))))
+        pairs = (pair for store, chosen in parts for pair in iter_low_dim(store, chosen))
+        if config.preprocess.actions == "relative":
+            pairs = ((state, _relative(state, action, spec, config)) for state, action in pairs)
+        stats.append(fit(spec, pairs))
     return make_contract(config.preprocess, config.policy, list(specs.values()), stats)
+
+
+def _relative(state: np.ndarray, action: np.ndarray, spec: EmbodimentSpec, config: TrainConfig) -> np.ndarray:
+    rows = range(-config.policy.past_action_slots, config.policy.chunk_size)
+    return relative_chunks(state, action, spec, rows, strides(spec)[1])
 
 
 class Trainer:

@@ -98,7 +98,7 @@ def test_three_robots_in_one_batch(stores: list[Store], tmp_path: Path) -> None:
         assert batch.observation.embodiment[i] == preprocessor.index[name]
         assert batch.actions[i].abs().max() <= 1 + 1e-5
         assert not raw.step_valid.all() or batch.actions[i][:, dims].std() > 0.2
-        chunk = preprocessor.decode_actions(batch.actions[i].numpy(), name, 0.0)
+        chunk = preprocessor.decode_actions(batch.actions[i].numpy(), name, 0.0, raw.state[-1])
         np.testing.assert_allclose(
             chunk.values[raw.step_valid], raw.actions[raw.step_valid], rtol=1e-4, atol=1e-4 * SCALES[name]
         )
