@@ -44,7 +44,7 @@ def base_config(tier: str, slots: int = 16, **changes: Any) -> PolicyConfig:
 def make_policy(config: PolicyConfig, diffusion: DiffusionConfig, seed: int = 0) -> DitaPolicy:
     """Return random weights with a made-up embodiment, not a checkpoint: speed does not depend on what was learned."""
     torch.manual_seed(seed)
-    contract = make_contract(PreprocessConfig("q01_q99", "squash"), config, [], [])
+    contract = make_contract(PreprocessConfig("q01_q99", "squash", "stored"), config, [], [])
     policy = DitaPolicy(config, diffusion, contract).eval().requires_grad_(False)
     return with_stand_in(policy)
 

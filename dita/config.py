@@ -143,6 +143,9 @@ class PreprocessConfig:
 
     normalization: Literal["q01_q99", "min_max", "mean_std"]
     resize: Literal["squash", "letterbox"]
+    actions: Literal[
+        "stored", "relative"
+    ]  # relative: absolute positions and rotations, to the state at the chunk's start
 
 
 @dataclass(frozen=True)
@@ -170,9 +173,17 @@ class AugmentConfig:
     """Image augmentation on the device; 0 turns a part off."""
 
     shift: int  # [px], random shift with edge repeat
-    brightness: float
-    contrast: float
-    saturation: float
+    crop: float  # largest share of the area cut away by a random resized crop
+    brightness: float  # largest change, as a share of the full range
+    contrast: float  # factors 1 - contrast .. 1 + contrast
+    saturation: float  # likewise
+    hue: float  # largest turn, as a share of the colour circle
+
+    def __post_init__(self) -> None:
+        _require(self.shift >= 0, f"augment.shift must not be negative, got {self.shift}")
+        for key in ("crop", "brightness", "contrast", "saturation"):
+            _require(0 <= getattr(self, key) < 1, f"augment.{key} must be in 0 .. 1, got {getattr(self, key)}")
+        _require(0 <= self.hue <= 0.5, f"augment.hue must be in 0 .. 0.5, got {self.hue}")
 
 
 @dataclass(frozen=True)

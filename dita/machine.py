@@ -21,7 +21,7 @@ EXTRAS = {
     "sim": ("robosuite", "gym_aloha", "gymnasium_robotics"),
     "robot": ("cyclonedds", "rosbags", "ruckig"),
     "convert": ("h5py", "pyarrow", "simplejpeg"),
-    "remote": ("s3fs",),
+    "remote": ("obstore",),
     "finetune": ("peft",),
     "cluster": ("ray",),
     "view": ("rerun",),

@@ -22,6 +22,7 @@ from dita.config import LanguageConfig, PolicyConfig, PreprocessConfig
 from dita.embodiment import embodiment_from_dict, embodiment_to_dict, pad, pad_mask, sha256_json, unpad
 from dita.normalize import Normalizer, stats_from_dict, stats_to_dict
 from dita.policy.language import tokenizer
+from dita.relative import anchors, to_absolute, to_relative
 from dita.types import ActionChunk, CameraSpec, EmbodimentSpec, NormStats, RawObservation, Window
 
 CONTRACT_VERSION = 1
@@ -112,6 +113,7 @@ def make_contract(
         "image_size": policy.vision.image_size,
         "resize": config.resize,
         "normalization": config.normalization,
+        "actions": config.actions,
         "n_obs_steps": policy.n_obs_steps,
         "cameras": policy.cameras,
         "state_dim": policy.state_dim,
@@ -130,7 +132,7 @@ class Preprocessor:
         p = contract.preprocess
         self.image_size, self.frames, self.views = p["image_size"], p["n_obs_steps"], p["cameras"]
         self.state_dim, self.action_dim = p["state_dim"], p["action_dim"]
-        self.specs = contract.specs
+        self.specs, self.relative = contract.specs, p["actions"] == "relative"
         self.index = {name: i for i, name in enumerate(self.specs)}
         method = p["normalization"]
         self._state = {n: Normalizer("state", s.state, contract.stats[n], method) for n, s in self.specs.items()}
@@ -138,6 +140,8 @@ class Preprocessor:
         self.state_mask = {n: pad_mask(s.state, self.state_dim) for n, s in self.specs.items()}
         self.action_mask = {n: pad_mask(s.action, self.action_dim) for n, s in self.specs.items()}
         for spec in self.specs.values():
+            if self.relative:
+                list(anchors(spec))  # refuses an action without its state
             too_far = [c.name for c in spec.cameras if c.slot >= self.views]
             if too_far:
                 raise ValueError(f"{spec.name!r}: cameras {too_far} have slots beyond policy.cameras={self.views}")
@@ -233,25 +237,35 @@ class Preprocessor:
     def batch(self, windows: Sequence[Window]) -> Batch:
         """Make a training batch from windows that carry actions."""
         observation = self.observe(windows)
-        actions = np.stack([self.encode_actions(w.actions, w.embodiment) for w in windows if w.actions is not None])
+        actions = np.stack(
+            [self.encode_actions(w.actions, w.embodiment, w.state[-1]) for w in windows if w.actions is not None]
+        )
         assert len(actions) == len(windows), "training windows carry actions"
         steps = np.stack([w.step_valid for w in windows if w.step_valid is not None])  # [b n]
         dims = np.stack([self.action_mask[w.embodiment] for w in windows])  # [b A]
         valid = steps[:, :, None] & dims[:, None, :]  # [b n A]
         return Batch(observation, torch.from_numpy(actions * valid), torch.from_numpy(valid))
 
-    def encode_actions(self, values: Float[np.ndarray, "n a"], embodiment: str) -> Float[np.ndarray, "n A"]:
+    def encode_actions(
+        self, values: Float[np.ndarray, "n a"], embodiment: str, state: Float[np.ndarray, "s"]
+    ) -> Float[np.ndarray, "n A"]:
         """Normalise physical actions with their own embodiment's statistics and pad them.
+
+        state: physical, at the chunk's start, for contracts of relative actions.
 
         Raises:
             ValueError: wrong number of dims, or a value that is not finite.
         """
-        spec = self._spec(embodiment)
+        spec, normalizer = self._spec(embodiment), self._action[embodiment]
         if not np.isfinite(values).all():
             raise ValueError(f"an action of {embodiment!r} is not finite (first bad row {_bad_row(values)})")
-        return pad(self._action[embodiment].apply(values), spec.action, self.action_dim)
+        if self.relative and values.shape[-1] == spec.action_dim:
+            values = to_relative(values, state, spec)
+        return pad(normalizer.apply(values), spec.action, self.action_dim)
 
-    def decode_actions(self, padded: Float[np.ndarray, "n A"], embodiment: str, stamp: float) -> ActionChunk:
+    def decode_actions(
+        self, padded: Float[np.ndarray, "n A"], embodiment: str, stamp: float, state: Float[np.ndarray, "s"]
+    ) -> ActionChunk:
         """Turn the network's actions back into a physical chunk; inverts `encode_actions`.
 
         Raises:
@@ -261,6 +275,8 @@ class Preprocessor:
         values = self._action[embodiment].invert(unpad(padded, spec.action))
         if not np.isfinite(values).all():
             raise ValueError(f"the policy's action for {embodiment!r} is not finite (first bad row {_bad_row(values)})")
+        if self.relative:
+            values = to_absolute(values, state, spec)
         return ActionChunk(values, stamp, spec.action_dt, embodiment)
 
     def tokens(self, instruction: str) -> tuple[np.ndarray, np.ndarray]:

@@ -37,12 +37,14 @@ from dita.config import OptimConfig, TrainConfig, to_dict
 from dita.datasets.augment import augment
 from dita.datasets.dataset import WindowDataset, iter_low_dim, shots
 from dita.datasets.filters import filter_hash, kept
-from dita.datasets.mixture import MixtureSampler, loader
+from dita.datasets.mixture import MixtureSampler, check_rates, loader
 from dita.datasets.store import Store
+from dita.datasets.windows import strides
 from dita.normalize import fit
 from dita.policy.policy import DitaPolicy
 from dita.preprocess import Contract, make_contract
-from dita.types import NormStats
+from dita.relative import relative_chunks
+from dita.types import EmbodimentSpec, NormStats
 
 Exist = Literal["error", "resume", "overwrite"]
 INIT, NOISE, AUGMENT, DATA = range(4)  # purposes of random numbers
@@ -92,11 +94,20 @@ def build_contract(config: TrainConfig, stores: Sequence[Store], episodes: Seque
             raise ValueError(
                 f"{store.path}: embodiment {store.spec.name!r} differs from another store's; rename one of them"
             )
+    check_rates(list(specs.values()), told=config.policy.embodiment_token)
     stats: list[NormStats] = []
     for spec in specs.values():
         parts = [(s, e) for s, e in zip(stores, episodes, strict=True) if s.spec.name == spec.name]
-        stats.append(fit(spec, (pair for store, chosen in parts for pair in iter_low_dim(store, chosen))))
+        pairs = (pair for store, chosen in parts for pair in iter_low_dim(store, chosen))
+        if config.preprocess.actions == "relative":
+            pairs = ((state, _relative(state, action, spec, config)) for state, action in pairs)
+        stats.append(fit(spec, pairs))
     return make_contract(config.preprocess, config.policy, list(specs.values()), stats)
+
+
+def _relative(state: np.ndarray, action: np.ndarray, spec: EmbodimentSpec, config: TrainConfig) -> np.ndarray:
+    rows = range(-config.policy.past_action_slots, config.policy.chunk_size)
+    return relative_chunks(state, action, spec, rows, strides(spec)[1])
 
 
 class Trainer:
@@ -123,6 +134,7 @@ class Trainer:
         scale = lr_scale(step, config.steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
+        clip_rate = _clip_rate(batch)  # on the CPU still
         batch = augment(batch.to(config.device, non_blocking=True), config.augment, _seed(config.seed, AUGMENT, step))
         generator = torch.Generator().manual_seed(_seed(config.seed, NOISE, step))
         with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -140,7 +152,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.parameters.values())
         self.loss_hash = hashlib.sha256(self.loss_hash.encode() + struct.pack("<d", value)).hexdigest()
-        return {"loss": value, "grad_norm": norm_value, "lr": config.optim.lr * scale}
+        return {"loss": value, "grad_norm": norm_value, "lr": config.optim.lr * scale, "clip_rate": clip_rate}
 
     def run(self, run: Path, start: int, batches: Iterator[Batch]) -> None:
         """Run the loop from step `start` to the end, logging and saving; SIGTERM and Ctrl-C save first."""
@@ -191,6 +203,12 @@ class Trainer:
         self.ema.optimization_step = state["ema_step"]
         self.loss_hash = state["loss_hash"]
         return state["step"]
+
+
+def _clip_rate(batch: Batch) -> float:
+    """Return the share of real targets outside [-1, 1], which sampling with clip_sample=1 cannot reach."""
+    outside = (batch.actions.abs() > 1 + 1e-5) & batch.action_valid
+    return float(outside.sum() / batch.action_valid.sum().clamp(min=1))
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:

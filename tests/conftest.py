@@ -84,8 +84,12 @@ def make_stats(spec: EmbodimentSpec, seed: int = 0):
     return fit(spec, [(state, action)])
 
 
-def contract_of(specs: list[EmbodimentSpec], config: PolicyConfig, normalization: str = "min_max") -> Contract:
-    return make_contract(PreprocessConfig(normalization, "squash"), config, specs, [make_stats(s) for s in specs])
+def contract_of(
+    specs: list[EmbodimentSpec], config: PolicyConfig, normalization: str = "min_max", actions: str = "stored"
+) -> Contract:
+    return make_contract(
+        PreprocessConfig(normalization, "squash", actions), config, specs, [make_stats(s) for s in specs]
+    )
 
 
 def make_policy(spec: EmbodimentSpec, diffusion: dict | None = None, **changes) -> DitaPolicy:

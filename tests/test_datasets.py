@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -344,6 +345,60 @@ def test_damage_stops_the_loader_and_names_the_frame(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"E_CHECKSUM.*test/002\), frame 9") as caught:
             load((Store(tmp_path / "s.zarr"), None), 0, 60, workers, cache="mmap")
         assert caught.value.code == "E_CHECKSUM"
+
+
+def resident(*names: str) -> int:
+    """Resident memory of this process by kind [bytes]."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(names))
+
+
+def resident_of(folder: Path) -> int:
+    """Resident memory of the files mapped from a folder [bytes]."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:  # the head of a mapping
+            ours = str(folder) in line
+        elif ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """1200 frames of 12 KiB in five shards."""
+    path = tmp_path_factory.mktemp("larger") / "s.zarr"
+    make_store(path, embodiment_from_dict(embodiment_dict(size=64)), (500, 700))
+    return Store(path)
+
+
+def test_memory_stays_level_over_many_windows(larger: Store) -> None:
+    dataset = dataset_of(larger)
+    preprocessor = Preprocessor(contract_of([larger.spec], policy_config()))
+    batches = loader([dataset], MixtureSampler([len(dataset)], [1], seed=0), batch_size=20,
+                     preprocess=preprocessor.batch, start_step=0, steps=400, workers=0)  # fmt: skip
+    after = {}
+    for step, _ in enumerate(batches):
+        if step in (150, 399):  # the first 1200 windows map the files
+            gc.collect()
+            after[step] = resident("RssAnon", "RssFile")
+    assert after[399] - after[150] < 4 * 2**20  # one frame in thirty kept would be as much
+
+
+def test_mapped_pages_of_large_stores_are_given_back(larger: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_all() -> int:
+        store = pickle.loads(pickle.dumps(larger))  # noqa: S301  opens its files anew
+        for episode in (0, 1, 0, 1):
+            for frame in range(larger.length(episode)):
+                store.read_frames(episode, "cam0", [frame])
+        return resident_of(larger.path)
+
+    shards = sum(f.stat().st_size for f in larger.path.glob("segments/*/images/cam0/c/**/*") if f.is_file())
+    gc.collect()
+    assert read_all() > 0.9 * shards  # a small store stays mapped
+    gc.collect()
+    monkeypatch.setattr("dita.datasets.files.RESIDENT", 0)
+    assert read_all() < 0.7 * shards
 
 
 # --- inspect

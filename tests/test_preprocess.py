@@ -185,12 +185,13 @@ def test_a_short_history_repeats_its_first_frame_masked() -> None:
 def test_actions_survive_the_way_there_and_back() -> None:
     preprocessor = Preprocessor(contract_of([SPEC], policy_config()))
     values = np.random.default_rng(0).uniform(-0.01, 0.01, (6, 4)).astype(np.float32)
-    chunk = preprocessor.decode_actions(preprocessor.encode_actions(values, "arm"), "arm", stamp=2.5)
+    state = np.zeros(4, np.float32)
+    chunk = preprocessor.decode_actions(preprocessor.encode_actions(values, "arm", state), "arm", 2.5, state)
     np.testing.assert_allclose(chunk.values, values, atol=1e-8)
     assert (chunk.stamp, chunk.action_dt) == (2.5, SPEC.action_dt)
     values[3, 1] = np.nan
     with pytest.raises(ValueError, match="first bad row 3"):
-        preprocessor.encode_actions(values, "arm")
+        preprocessor.encode_actions(values, "arm", state)
 
 
 def test_other_sizes_are_resized_without_moving_the_picture() -> None:

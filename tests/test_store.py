@@ -260,6 +260,25 @@ def test_names_that_leave_the_folder_are_refused(path: Path) -> None:
     assert not path.exists()
 
 
+def test_names_that_differ_in_case_only_are_refused(path: Path) -> None:
+    spec = small_spec()
+    twins = tuple(dataclasses.replace(c, name=n) for c, n in zip(spec.cameras, ("Wrist", "wrist"), strict=True))
+    with pytest.raises(ValueError, match=r"E_PATH: 'Wrist' and 'wrist' differ in case only"):
+        create(path, dataclasses.replace(spec, cameras=twins))
+
+
+def test_links_out_of_the_store_are_refused(path: Path, tmp_path: Path) -> None:
+    make_store(path, small_spec())
+    (path / "segments/main-0000/state/c/0/0").rename(tmp_path / "state")
+    (path / "segments/main-0000/state/c/0/0").symlink_to(tmp_path / "state")
+    with pytest.raises(StoreError, match=r"E_PATH: .*state/c/0/0 is a link that leaves the store"):
+        Store(path)
+    (tmp_path / "link.zarr").symlink_to(path)  # the store itself may lie elsewhere
+    (path / "segments/main-0000/state/c/0/0").unlink()
+    (tmp_path / "state").rename(path / "segments/main-0000/state/c/0/0")
+    assert len(Store(tmp_path / "link.zarr").episodes) == 4
+
+
 # --- damage
 
 

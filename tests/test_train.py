@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import diffusion_config, embodiment_dict, policy_config
+from conftest import diffusion_config, embodiment_dict, field, policy_config
 
 from dita.checkpoint import last_checkpoint, load_policy, load_train_state
 from dita.config import AugmentConfig, DataConfig, OptimConfig, PreprocessConfig, StoreConfig, TrainConfig
-from dita.datasets.augment import augment
 from dita.datasets.store import StoreWriter
 from dita.embodiment import embodiment_from_dict
 from dita.train import lr_scale, make_optimizer, train
@@ -54,9 +53,9 @@ def config_for(store: Path, run: Path, **changes) -> TrainConfig:
         "precision": "fp32", "activation_checkpointing": False, "threads": 1, "log_every": 1, "save_every": 2,
         "keep_last": 2,
         "policy": policy_config(), "diffusion": diffusion_config(),
-        "preprocess": PreprocessConfig("min_max", "squash"),
+        "preprocess": PreprocessConfig("min_max", "squash", "stored"),
         "data": DataConfig((StoreConfig(str(store), 1.0, None),), "mask", "ram", 0, None),
-        "augment": AugmentConfig(2, 0.1, 0.1, 0.1),
+        "augment": AugmentConfig(2, 0.1, 0.1, 0.1, 0.1, 0.05),
         "optim": OptimConfig(1e-3, 0.1, 0.01, (0.9, 0.95), 2, "cosine", 1.0, 0.99),
     }  # fmt: skip
     return TrainConfig(**(values | changes))
@@ -86,6 +85,28 @@ def test_resumed_training_is_bit_equal(store, tmp_path) -> None:
     assert hash_a == hash_b and len(hash_a) == 64
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_relative_actions_train_with_statistics_of_their_own(tmp_path) -> None:
+    values = embodiment_dict()
+    values["action"] = [field("target", "ee_position", 3, 0), field("grip", "gripper_effort", 1, 6)]
+    spec, rng = embodiment_from_dict(values), np.random.default_rng(0)
+    path = tmp_path / "absolute.zarr"
+    with StoreWriter.create(path, spec, source="test", licence="CC0-1.0") as writer:
+        for i in range(2):
+            state = np.cumsum(rng.uniform(-0.01, 0.01, (20, 4)), axis=0).astype(np.float32) + i
+            images = {"cam0": rng.integers(0, 256, (20, 32, 32, 3), np.uint8)}
+            action = state + np.float32([0.01, 0, 0, 0])
+            writer.add(Episode(images, state, action, np.arange(20) * 0.0125, "move", True, f"test/{i}"))
+        writer.seal()
+    spread = {}
+    for actions in ("stored", "relative"):
+        run = tmp_path / actions
+        train(config_for(path, run, preprocess=PreprocessConfig("min_max", "squash", actions)))
+        stats = load_policy(run).contract.stats["arm"].fields
+        spread[actions] = stats["action/target"].max[0] - stats["action/target"].min[0]
+        assert stats["state/hand"].max[0] > 0.9
+    assert spread["stored"] > 0.9 and spread["relative"] < 0.2  # where the hand stood is no part of a relative action
 
 
 def test_another_seed_gives_other_losses(store, tmp_path) -> None:
@@ -179,17 +200,3 @@ def test_vectors_do_not_decay_and_the_backbone_is_slower(store, tmp_path) -> Non
         for p in g["params"]
     }
     assert [groups[id(p)] for p in parameters.values()] == [(0.1, 0.5), (1.0, 0.0), (1.0, 0.5)]
-
-
-def test_augmentation_is_a_function_of_its_seed(spec) -> None:
-    from conftest import make_policy, make_window
-
-    batch = make_policy(spec).preprocessor.batch([make_window(spec, 0), make_window(spec, 1)])
-    config = AugmentConfig(3, 0.2, 0.2, 0.2)
-    a, b, c = (augment(batch, config, seed).observation.images for seed in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c) and a.dtype == torch.uint8
-    assert augment(batch, AugmentConfig(0, 0.0, 0.0, 0.0), 1) is batch
-    flat = torch.full_like(batch.observation.images, 100)
-    flat_batch = dataclasses.replace(batch, observation=dataclasses.replace(batch.observation, images=flat))
-    shifted = augment(flat_batch, AugmentConfig(3, 0.0, 0.0, 0.0), 1).observation.images
-    assert torch.equal(shifted, flat)  # edges repeat: a flat picture stays flat

@@ -664,7 +664,7 @@ def _teller(progress: Callable[[str, int, int], None] | None, store: Store) -> C
         for done, item in enumerate(items, 1):
             yield item
             if progress is not None:
-                progress(f"{what} {store.path.name}", done, len(store.episodes))
+                progress(f"{what} {store.name}", done, len(store.episodes))
 
     return tell
 

@@ -27,7 +27,7 @@ def write_doctor_page(target: Path, diagnosis: Diagnosis, stores: Sequence[Store
         shown = [_episode(store, number, mine) for store, number, mine in _chosen(diagnosis, stores)]
     if shown:
         sections.append(section("Episodes with findings, errors first", *shown))
-    names = ", ".join(s.path.name for s in stores)
+    names = ", ".join(s.name for s in stores)
     write_page(target, f"Dita doctor: {names}", "\n".join(sections))
 
 
@@ -105,7 +105,7 @@ def _episode(store: Store, number: int, findings: Sequence[Finding]) -> str:
     signals = _signals(store, number)
     names = list(dict.fromkeys(name for f in findings for name in _about(f, list(signals))))[:PLOTS]
     plots = [plot("time [s]", name, _draw(signals[name], stamp, name, findings), height=1.7) for name in names]
-    title = f'{store.path.name}, episode {number}: {spec.source}, "{spec.instruction}"'
+    title = f'{store.name}, episode {number}: {spec.source}, "{spec.instruction}"'
     kind = "failure" if any(f.severity == "error" for f in findings) else "success"
     pictures = _pictures(store, number, findings)
     return f'<article class="{kind}"><h3>{escape(title)}</h3><ul>{lines}</ul>{grid(plots)}{pictures}</article>'

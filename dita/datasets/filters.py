@@ -41,8 +41,8 @@ def read_filter(path: str | Path, store: Store) -> dict[str, list[str]]:
         raise ValueError(
             f'{path} is no filter: expected {{"version": {VERSION}, "stores": {{store: {{source: [code]}}}}}}'
         )
-    same = [s for s in stores if Path(s).resolve() == store.path.resolve()]
-    same = same or [s for s in stores if Path(s).name == store.path.name]
+    same = [s for s in stores if _place(s) == _place(str(store.path))]
+    same = same or [s for s in stores if Path(s).name == store.name]
     if len(same) != 1:
         raise ValueError(f"{path} is about {', '.join(sorted(stores)) or 'no store'}, not about {store.path}")
     out = stores[same[0]]
@@ -53,6 +53,11 @@ def read_filter(path: str | Path, store: Store) -> dict[str, list[str]]:
             "run `dita inspect --doctor` on this store again"
         )
     return out
+
+
+def _place(path: str) -> str:
+    """Return what names a store whichever way it was written: a URL as it is, a folder resolved."""
+    return path.rstrip("/") if "://" in path else str(Path(path).resolve())
 
 
 def kept(store: Store, filter: str | None) -> tuple[int, ...]:

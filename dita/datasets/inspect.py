@@ -56,7 +56,7 @@ def inspect(store: Store) -> dict[str, Any]:
         "licence": store.attributes["licence"],
         "codecs": list(store.codecs),
         "segments": list(store.segments),
-        "staged_unsealed": len(staged_episodes(store.path)),
+        "staged_unsealed": len(staged_episodes(store.files)),
         "embodiment": spec.name,
         "robot": spec.robot,
         "fps": spec.control_hz,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dita.batch import Batch
 from dita.datasets.dataset import WindowDataset
-from dita.types import Window
+from dita.types import EmbodimentSpec, Window
 
 PERIOD = 2**16  # draws after which the order of datasets repeats; weights are met to 1 / PERIOD
 ROUNDS = 6
@@ -68,6 +68,26 @@ class MixtureSampler:
             keys = _keys(self._seed, int(d), earlier[mine] // length)
             windows[mine] = permute(earlier[mine] % length, length, keys)
         return list(zip(datasets.tolist(), windows.tolist(), strict=True))
+
+
+def check_rates(specs: Sequence[EmbodimentSpec], told: bool) -> None:
+    """Refuse a mixture of time steps that the network cannot tell apart.
+
+    Args:
+        specs: the embodiments of the mixture.
+        told: the network sees which embodiment it is (policy.embodiment_token), and so which time steps.
+
+    Raises:
+        ValueError: obs_dt or action_dt differ and `told` is False; all of them are listed.
+    """
+    for key in ("obs_dt", "action_dt"):
+        found = {s.name: getattr(s, key) for s in specs}
+        if not told and max(found.values()) - min(found.values()) > 1e-3 * min(found.values()):
+            listed = ", ".join(f"{name} {dt:g} s" for name, dt in found.items())
+            raise ValueError(
+                f"{key} differs in this mixture ({listed}): give the embodiments one {key} (whole multiples of a "
+                "store's steps compose), or set policy.embodiment_token=true"
+            )
 
 
 def permute(index: Int64[np.ndarray, "k"], length: int, keys: UInt64[np.ndarray, "k"]) -> Int64[np.ndarray, "k"]:

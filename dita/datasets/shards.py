@@ -1,19 +1,18 @@
-"""One sharded Zarr v3 array on a local disk: its metadata, and a direct reader of its frames.
+"""One sharded Zarr v3 array: its metadata, and a direct reader of its frames.
 
-The reader maps each shard into memory, parses its index once and checks the crc32c of every chunk it touches. Per
-read it costs microseconds where zarr-python costs about a millisecond, and it never turns a missing chunk into zeros
-(zarr-python 3.1 does). Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
+The reader opens each shard once (a local one is mapped into memory), parses its index once and checks the crc32c of
+every chunk it touches. Per read it costs microseconds where zarr-python costs about a millisecond, and it never turns a
+missing chunk into zeros (zarr-python 3.1 does).
+Format: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,7 +22,9 @@ import numpy as np
 CHUNKS_PER_SHARD = 256
 INDEX_BYTES = CHUNKS_PER_SHARD * 16 + 4  # (offset, size) uint64 pairs and a crc32c, at the end of the file
 MISSING = 2**64 - 1
-OPEN_SHARDS = 128  # mapped at once per array: each mapping holds a file descriptor, and 1024 is a common limit
+CRC_OF_CHECKED = 0x48674BC7  # of anything with its own crc32c behind it: no copy without the last four bytes
+OPEN_SHARDS = 128  # at once per array: each holds a file descriptor, and 1024 is a common limit
+READ_AT_ONCE = 64  # frames: more than a window, little enough to hold twice
 
 BYTES = {"name": "bytes"}
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -114,9 +115,17 @@ class ShardReader:
         StoreError: E_CHUNK_MISSING, E_CHECKSUM or E_TRUNCATED, with file, episode and frame.
     """
 
-    def __init__(self, segment: Path, layout: ArrayLayout, locate: Callable[[int], str]) -> None:
-        """Read `layout` of the segment in a folder; `locate` names the episode and frame of a segment frame."""
+    def __init__(self, files: Any, segment: str, layout: ArrayLayout, locate: Callable[[int], str]) -> None:
+        """Read one array of a segment.
+
+        Args:
+            files: of the store; see `dita.datasets.files`.
+            segment: its folder in there.
+            layout: of the array.
+            locate: names the episode and frame of a segment frame.
+        """
         self.layout = layout
+        self._files = files
         self._segment = segment
         self._locate = locate
         self._shard = lru_cache(OPEN_SHARDS)(self._open_shard)
@@ -124,66 +133,69 @@ class ShardReader:
     def read(self, frames: Sequence[int]) -> np.ndarray:
         """Return the given frames of the segment, [t, ...]; `inner` must be 1."""
         out = np.empty((len(frames), *self.layout.shape[1:]), self.layout.dtype)
-        for row, frame in zip(out, frames, strict=True):
-            row[...] = self.chunk(frame)[0]
+        for start in range(0, len(frames), READ_AT_ONCE):
+            for i, chunk in self._chunks(frames[start : start + READ_AT_ONCE]):
+                out[start + i] = self._decode(chunk)[0]
         return out
 
     def read_all(self) -> np.ndarray:
         """Return the whole array."""
-        chunks = -(-self.layout.shape[0] // self.layout.inner)
-        return np.concatenate([self.chunk(i) for i in range(chunks)])[: self.layout.shape[0]]
+        chunks = range(-(-self.layout.shape[0] // self.layout.inner))
+        return np.concatenate([self._decode(chunk) for _, chunk in self._chunks(chunks)])[: self.layout.shape[0]]
 
     def check_shard(self, shard: int) -> None:
         """Check the index and every chunk of one shard."""
-        first = shard * self.layout.shard_frames
-        for frame in range(first, min(first + self.layout.shard_frames, self.layout.shape[0]), self.layout.inner):
-            self._payload(frame // self.layout.inner)
+        first, last = shard * CHUNKS_PER_SHARD, -(-self.layout.shape[0] // self.layout.inner)
+        for chunk in range(first, min(first + CHUNKS_PER_SHARD, last)):
+            list(self._chunks([chunk]))
 
-    def chunk(self, number: int) -> np.ndarray:
-        """Return one decoded chunk, [inner, ...], read-only."""
-        shape = (self.layout.inner, *self.layout.shape[1:])
-        payload = self._payload(number)
-        if self.layout.codec == "jpeg":
-            return decode_jpeg(payload).reshape(shape)
-        return np.frombuffer(payload, self.layout.dtype).reshape(shape)
-
-    def _payload(self, number: int) -> bytes:
-        shard, slot = divmod(number, CHUNKS_PER_SHARD)
-        data, index = self._shard(shard)
-        offset, size = index[slot]
-        if offset == MISSING:
-            raise self._error("E_CHUNK_MISSING", number, "the chunk is not in the shard's index")
-        if offset + size > len(data) - INDEX_BYTES:
-            raise self._error("E_TRUNCATED", number, f"the chunk ends at byte {offset + size} of {len(data)}")
-        chunk = data[offset : offset + size]
+    def _decode(self, chunk: np.ndarray) -> np.ndarray:
         payload = chunk[:-4]
-        if google_crc32c.value(payload) != int.from_bytes(chunk[-4:], "little"):
-            raise self._error("E_CHECKSUM", number, "the chunk's crc32c does not match")
-        return payload
+        values = decode_jpeg(payload) if self.layout.codec == "jpeg" else payload.view(self.layout.dtype)
+        return values.reshape(self.layout.inner, *self.layout.shape[1:])
 
-    def _open_shard(self, shard: int) -> tuple[mmap.mmap, list[list[int]]]:
-        path = self._segment / self.layout.shard_name(shard)
+    def _chunks(self, chunks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position, checked bytes and crc) of some chunks; each shard is asked once for all it has to give."""
+        for shard in sorted({chunk // CHUNKS_PER_SHARD for chunk in chunks}):
+            pieces, index = self._shard(shard)
+            mine = [i for i, chunk in enumerate(chunks) if chunk // CHUNKS_PER_SHARD == shard]
+            wanted = [index[chunks[i] % CHUNKS_PER_SHARD] for i in mine]
+            for i, (offset, size) in zip(mine, wanted, strict=True):
+                if offset == MISSING:
+                    raise self._error("E_CHUNK_MISSING", chunks[i], "the chunk is not in the shard's index")
+                if offset + size > pieces.size - INDEX_BYTES:
+                    what = f"the chunk ends at byte {offset + size} of {pieces.size}"
+                    raise self._error("E_TRUNCATED", chunks[i], what)
+            for i, chunk in zip(mine, self._cut(pieces, wanted, chunks[mine[0]]), strict=True):
+                if google_crc32c.value(chunk) != CRC_OF_CHECKED:
+                    raise self._error("E_CHECKSUM", chunks[i], "the chunk's crc32c does not match")
+                yield i, chunk
+
+    def _cut(self, pieces: Any, wanted: list[list[int]], first: int) -> list[np.ndarray]:
+        try:
+            return pieces.cut(wanted)
+        except FileNotFoundError:
+            raise self._error("E_CHUNK_MISSING", first, "the shard file does not exist") from None
+
+    def _open_shard(self, shard: int) -> tuple[Any, list[list[int]]]:
         number = shard * CHUNKS_PER_SHARD
         try:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                if size < INDEX_BYTES:
-                    raise self._error("E_TRUNCATED", number, f"{size} bytes are too few for a shard")
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            pieces, index = self._files.open(f"{self._segment}/{self.layout.shard_name(shard)}", INDEX_BYTES)
         except FileNotFoundError:
             raise self._error("E_CHUNK_MISSING", number, "the shard file does not exist") from None
-        index = data[-INDEX_BYTES:]
-        if google_crc32c.value(index[:-4]) != int.from_bytes(index[-4:], "little"):
+        if pieces.size < INDEX_BYTES:
+            raise self._error("E_TRUNCATED", number, f"{pieces.size} bytes are too few for a shard")
+        if google_crc32c.value(index) != CRC_OF_CHECKED:
             raise self._error("E_CHECKSUM", number, "the shard index's crc32c does not match")
-        return data, np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist()
+        return pieces, np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist()
 
     def _error(self, code: str, number: int, what: str) -> StoreError:
-        path = self._segment / self.layout.shard_name(number // CHUNKS_PER_SHARD)
+        path = self._files.at(f"{self._segment}/{self.layout.shard_name(number // CHUNKS_PER_SHARD)}")
         where = self._locate(number * self.layout.inner)
         return StoreError(f"{code}: {path}: {what} ({where}); restore the file from a copy or rebuild the store")
 
 
-def decode_jpeg(payload: bytes) -> np.ndarray:
+def decode_jpeg(payload: Any) -> np.ndarray:
     """Decode one JPEG to uint8 [h, w, 3]."""
     return import_simplejpeg().decode_jpeg(payload, "RGB")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
-from dita.datasets.segments import Segment, read_root, read_spec, sealed_segments, staged_episodes
+from dita.datasets.files import open_files
+from dita.datasets.segments import Files, Segment, read_root, sealed_segments, staged_episodes
 from dita.datasets.shards import StoreError
 from dita.datasets.writer import StoreWriter
 from dita.types import EpisodeSpec
@@ -22,28 +23,30 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 
 class Store:
-    """Read a sealed store on a local disk.
+    """Read a sealed store, on a local disk or behind s3://, gs://, http:// or https://.
 
     Opening is cheap: it checks version, schema, lengths and manifests, and the size of every file. Each chunk is
-    checked when it is read; `verify` checks every byte. A store pickles as its path and its segments, and opens its
-    files anew in each process.
+    checked when it is read; `verify` checks every byte. A store pickles without its open files and opens them anew in
+    each process; segments sealed meanwhile stay out, so that episode numbers keep their meaning.
     """
 
     def __init__(self, path: str | Path, segments: Sequence[str] | None = None) -> None:
-        """Open the store at `path`, or only the named segments of it.
+        """Open the store at a folder or URL, or only the named segments of it.
 
         Raises:
             FileNotFoundError: nothing is there.
             StoreError: E_SCHEMA (not a store, or a field is not as the format says), E_VERSION (newer format),
-                E_UNSEALED (no sealed segment), E_LENGTH, E_CHUNK_MISSING, E_TRUNCATED, E_CHECKSUM.
+                E_UNSEALED (no sealed segment), E_LENGTH, E_CHUNK_MISSING, E_TRUNCATED, E_CHECKSUM, E_PATH; remote:
+                E_NETWORK, E_DENIED.
         """
-        self.path = Path(path)
-        self.attributes = read_root(self.path)
-        self.spec = read_spec(self.path, self.attributes)
-        ids = sealed_segments(self.path) if segments is None else list(segments)
+        self.files = open_files(path)
+        self.path: Path | str = self.files.root
+        root = read_root(self.files)
+        self.attributes, self.spec = root.attributes, root.spec
+        ids = sealed_segments(self.files) if segments is None else list(segments)
         if not ids:
-            raise _nothing_sealed(self.path)
-        self._segments = [Segment(self.path, segment, self.spec) for segment in ids]
+            raise _nothing_sealed(self.files)
+        self._segments = self.files.map(lambda segment: Segment(self.files, segment, root), ids)
         self._by_episode = [(s, entry) for s in self._segments for entry in s.episodes]
         self.episodes: tuple[EpisodeSpec, ...] = tuple(
             EpisodeSpec(
@@ -56,9 +59,10 @@ class Store:
             for segment, entry in self._by_episode
         )
 
-    def __reduce__(self) -> tuple:
-        """Pickle without open files; segments sealed meanwhile stay out, so that episode numbers keep their meaning."""
-        return Store, (self.path, self.segments)
+    @property
+    def name(self) -> str:
+        """Last part of the path or URL."""
+        return str(self.path).rstrip("/").rpartition("/")[2]
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -123,12 +127,12 @@ class Store:
         return getattr(segment, name)[entry["start"] : entry["stop"]]
 
 
-def _nothing_sealed(path: Path) -> StoreError:
-    staged = len(staged_episodes(path))
+def _nothing_sealed(files: Files) -> StoreError:
+    staged = len(staged_episodes(files))
     if staged:
         what = (
             f"{staged} staged episodes but no sealed segment: run the command that wrote it with --resume to seal them"
         )
     else:
         what = "no episodes"
-    return StoreError(f"E_UNSEALED: {path} has {what}")
+    return StoreError(f"E_UNSEALED: {files.root} has {what}")

@@ -22,12 +22,13 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+from dita.datasets.files import LocalFiles, open_files
 from dita.datasets.segments import (
     FORMAT_VERSION,
     GROUP,
+    SEALED,
     Segment,
     check_names,
-    hash_file,
     read_json,
     read_root,
     sealed_segments,
@@ -55,6 +56,7 @@ class StoreWriter:
         """Use `StoreWriter.create`."""
         self.path = path
         self.spec = spec
+        self._files = LocalFiles(path)
         self._codec = codec
         self._name = writer
         self._staging = path / "staging" / writer
@@ -102,8 +104,11 @@ class StoreWriter:
                 is named), or overwrite of something that is no store.
             StoreError: E_LOCKED: another process writes under this name.
         """
-        path = Path(path)
-        check_names([writer, *(c.name for c in spec.cameras)])
+        if not isinstance(files := open_files(path), LocalFiles):
+            raise ValueError(f"{path}: a store is written to a local disk and copied to where it is served from")
+        path = files.root
+        check_names([writer])
+        check_names(c.name for c in spec.cameras)
         if codec not in IMAGE_CODECS:
             raise ValueError(f"no codec {codec!r}; there are {', '.join(IMAGE_CODECS)}")
         if codec == "jpeg":
@@ -180,7 +185,7 @@ class StoreWriter:
         if not self._staged:
             return None
         folders = [self._staged[source] for source in sorted(self._staged)]
-        numbers = [int(s.rpartition("-")[2]) for s in sealed_segments(self.path) if _writer_of(s) == self._name]
+        numbers = [int(s.rpartition("-")[2]) for s in sealed_segments(self._files) if _writer_of(s) == self._name]
         segment = f"{self._name}-{max(numbers, default=-1) + 1:04d}"
         _require_space(self.path, sum(file.stat().st_size for f in folders for file in f.rglob("*.npy")))
         with _disk_errors(self.path):
@@ -205,31 +210,32 @@ class StoreWriter:
                 if progress is not None:
                     progress(i * frames + done, len(layouts) * frames)
         _write_json(folder / "zarr.json", GROUP | {"attributes": {"episodes": entries}})
-        files = {name: list(hash_file(folder / name)) for name in segment_files(layouts)}
+        files = {n: [(folder / n).stat().st_size, LocalFiles(folder).sha256(n)] for n in segment_files(layouts)}
         for path in (*(folder / name for name in files), *(Path(directory) for directory, _, _ in os.walk(folder))):
             _sync(path)
         _sync(folder.parent)
         manifest = {
             "format_version": FORMAT_VERSION,
-            "store_sha256": hash_file(self.path / "zarr.json")[1],
+            "store_sha256": self._files.sha256("zarr.json"),
             "codec": self._codec,
             "frames": frames,
             "files": files,
         }
         sealed = canonical_json(manifest | {"sha256": sha256_json(manifest)})
-        _write_atomic(folder.with_name(f"{segment}.sealed.json"), sealed.encode())
+        _write_atomic(folder.with_name(f"{segment}{SEALED}"), sealed.encode())
 
     def _remember(self, entry: Mapping[str, Any]) -> None:
         self._sources.add(entry["source"])
         self._by_content[entry["content_hash"]] = entry["source"]
 
     def _read_sealed(self) -> None:
-        for segment in sealed_segments(self.path):
-            for entry in Segment(self.path, segment, self.spec).episodes:
+        root = read_root(self._files)
+        for segment in sealed_segments(self._files):
+            for entry in Segment(self._files, segment, root).episodes:
                 self._remember(entry)
 
     def _read_staged(self) -> None:
-        for folder in staged_episodes(self.path):
+        for folder in (self.path / name for name in staged_episodes(self._files)):
             entry = read_json(folder / "episode.json")
             self._remember(entry)
             if folder.parent == self._staging:
@@ -238,7 +244,7 @@ class StoreWriter:
     def _clean(self) -> Iterator[str]:
         for file in (*self.path.glob(".zarr.json.*.partial"), *self.path.glob("segments/.zarr.json.*.partial")):
             file.unlink(missing_ok=True)
-        sealed = set(sealed_segments(self.path))
+        sealed = set(sealed_segments(self._files))
         for path in sorted((self.path / "segments").iterdir()):
             mine = _writer_of(path.name.removeprefix(".")) == self._name
             if mine and path.suffix == ".partial":
@@ -353,13 +359,13 @@ def _create_root(path: Path, attributes: Mapping[str, Any]) -> None:
             _write_json(path / "segments" / "zarr.json", GROUP)
             _write_json(path / "zarr.json", GROUP | {"attributes": {"dita": dict(attributes)}})
         _sync(path.parent)
-    if text := difference(attributes, read_root(path)):
+    if text := difference(attributes, read_root(LocalFiles(path)).attributes):
         raise ValueError(f"{path} exists and differs in {text}; write into another store or --overwrite it")
 
 
 def _remove_store(path: Path) -> None:
     if any(path.iterdir()):
-        read_root(path)  # raises on anything that is not a store
+        read_root(LocalFiles(path))  # raises on anything that is not a store
     for lock in path.glob("staging/*.lock"):
         _unlock(_lock(lock), lock)
     _remove(path)

@@ -316,7 +316,7 @@ class PolicySession:
         if self._words != window.instruction:
             self.instruct(window.instruction)
         noise = policy.noise(seed)[None, None].to(policy.device)  # [1 1 n A]
-        decided = None if committed is None else policy.commit([committed], [seed], self.embodiment, self.steps)
+        decided = None if committed is None else policy.commit([committed], [seed], self.steps, [window])
         inputs = [
             self._visual(window, [o.stamp for o in history]),
             observation.image_valid,
@@ -328,7 +328,7 @@ class PolicySession:
             *(() if decided is None else (decided.values, decided.count, decided.noise)),
         ]
         actions = self._act(*inputs)[0][0, 0]  # [n A]
-        chunk = policy.chunk(actions, self.embodiment, window.stamp)
+        chunk = policy.chunk(actions, window)
         if committed is not None:
             policy.keep_committed(chunk, committed)
         return chunk

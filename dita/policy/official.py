@@ -193,7 +193,7 @@ def from_state_dict(
         ValueError: a name is missing, extra or mis-shaped (listed), or the schedule is unknown.
     """
     config = infer_config(state_dict, action_slots, vision_heads, qformer_heads, trunk_heads)
-    contract = make_contract(PreprocessConfig("q01_q99", "squash"), config, [], [])
+    contract = make_contract(PreprocessConfig("q01_q99", "squash", "stored"), config, [], [])
     return OfficialPolicy(_build(state_dict, config, schedule, contract))
 
 
@@ -235,7 +235,7 @@ def import_official(
     config = replace(config, language=replace(config.language, pretrained=text_encoder))
     specs = [] if embodiment is None else [load_embodiment(embodiment)]
     norms = [] if stats is None else [stats_from_dict(read_json(stats))]
-    contract = make_contract(PreprocessConfig("q01_q99", "squash"), config, specs, norms)
+    contract = make_contract(PreprocessConfig("q01_q99", "squash", "stored"), config, specs, norms)
     policy = _build(state_dict, config, schedule, contract)
     save_policy(policy, out)
     return policy

@@ -22,7 +22,7 @@ from dita.config import DiffusionConfig, PolicyConfig
 from dita.policy.diffusion import Diffusion, Known, Plan
 from dita.policy.model import Context, DitaModel
 from dita.preprocess import Contract, Preprocessor
-from dita.types import ActionChunk, EmbodimentSpec, RawObservation
+from dita.types import ActionChunk, EmbodimentSpec, RawObservation, Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,23 +207,28 @@ class DitaPolicy(nn.Module):
             raise ValueError(f"{rows} histories do not fit into batch_size {size}")
         steps = num_inference_steps or self.diffusion.config.num_inference_steps
         windows = [self.preprocessor.window(history, name) for history in histories]
-        observation = self.preprocessor.observe(windows + [windows[0]] * (size - rows)).to(self.device)
+        padded = windows + [windows[0]] * (size - rows)
+        observation = self.preprocessor.observe(padded).to(self.device)
         seeds = [*seeds] + [0] * (size - rows)
         noise = torch.stack([self.noise(seed) for seed in seeds]).to(self.device)
         decided = None
         if committed is not None:
-            decided = self.commit([*committed] + [committed[0]] * (size - rows), seeds, name, steps)
+            decided = self.commit([*committed] + [committed[0]] * (size - rows), seeds, steps, padded)
         with eval_mode(self):
             actions = self.sample(observation, noise[:, None], steps, decided)[:rows, 0]  # [b n A]
-        chunks = [self.chunk(x, name, w.stamp) for x, w in zip(actions, windows, strict=True)]
+        chunks = [self.chunk(x, w) for x, w in zip(actions, windows, strict=True)]
         for chunk, values in zip(chunks, committed or (), strict=False):
             self.keep_committed(chunk, values)
         return chunks
 
     def commit(
-        self, committed: Sequence[Float[np.ndarray, "m a"]], seeds: Sequence[int], embodiment: str, steps: int
+        self,
+        committed: Sequence[Float[np.ndarray, "m a"]],
+        seeds: Sequence[int],
+        steps: int,
+        windows: Sequence[Window],
     ) -> Committed:
-        """Normalise committed actions, one array per row, each with at least one action.
+        """Normalise committed actions, one array per window, each with at least one action.
 
         Raises:
             ValueError: none or too many of them, or they do not fit the embodiment.
@@ -238,15 +243,15 @@ class DitaPolicy(nn.Module):
                 )
         count = torch.tensor([len(values) for values in committed])
         padded = np.zeros((len(committed), slots, self.config.action_dim), np.float32)
-        for row, values in zip(padded, committed, strict=True):
-            row[: len(values)] = self.preprocessor.encode_actions(values, embodiment)
+        for row, values, window in zip(padded, committed, windows, strict=True):
+            row[: len(values)] = self.preprocessor.encode_actions(values, window.embodiment, window.state[-1])
         noise = torch.stack([self.noise(seed, steps) for seed in seeds], dim=1)  # [S b n A]
         return Committed(torch.from_numpy(padded), count, noise).to(self.device)
 
-    def chunk(self, actions: Float[Tensor, "n A"], embodiment: str, stamp: float) -> ActionChunk:
+    def chunk(self, actions: Float[Tensor, "n A"], window: Window) -> ActionChunk:
         """Turn the network's actions into a physical chunk, past slots left out; raises ValueError if not finite."""
         values = actions[self.config.past_action_slots :].float().cpu().numpy()
-        return self.preprocessor.decode_actions(values, embodiment, stamp)
+        return self.preprocessor.decode_actions(values, window.embodiment, window.stamp, window.state[-1])
 
     def keep_committed(self, chunk: ActionChunk, committed: Float[np.ndarray, "m a"]) -> None:
         """Put committed actions back into their chunk to the last bit: normalising and back rounds."""

@@ -33,6 +33,7 @@ from dita.datasets.convert.base import (
     printable,
     reject,
 )
+from dita.datasets.files import LocalFiles
 from dita.datasets.segments import read_json, sealed_segments, staged_episodes
 from dita.datasets.store import Store, StoreError, StoreWriter
 from dita.datasets.writer import content_hash
@@ -130,7 +131,8 @@ def convert(config: ConvertConfig) -> Tally:
         else:
             _convert_on(ray_cluster(config.ray), config, spec, items, tally)
     finally:
-        if tally.created and not (sealed_segments(config.out) or staged_episodes(config.out)):
+        files = LocalFiles(config.out)
+        if tally.created and not (sealed_segments(files) or staged_episodes(files)):
             shutil.rmtree(config.out)  # an empty store is no store
         _finish(config, tally)
     if tally.failed is not None:
@@ -282,9 +284,9 @@ class Book:
     def __init__(self, out: Path, items: Sequence[Item]) -> None:
         self.splits = {item.id: item.split for item in items}
         self.sources: dict[str, list[str]] = {}  # content hash -> sources, sealed or staged
-        episodes = Store(out).episodes if sealed_segments(out) else ()
+        episodes = Store(out).episodes if sealed_segments(LocalFiles(out)) else ()
         stored = [(e.content_hash, e.source) for e in episodes]
-        staged = [read_json(folder / "episode.json") for folder in staged_episodes(out)]
+        staged = [read_json(out / name / "episode.json") for name in staged_episodes(LocalFiles(out))]
         for digest, source in sorted({*stored, *((e["content_hash"], e["source"]) for e in staged)}):
             self.sources.setdefault(digest, []).append(source)
 
@@ -350,7 +352,7 @@ def _seal_left_over(config: ConvertConfig, spec: EmbodimentSpec) -> None:
 
 
 def _staged_writers(out: Path) -> list[str]:
-    return sorted({folder.parent.name for folder in staged_episodes(out)})
+    return sorted({Path(name).parent.name for name in staged_episodes(LocalFiles(out))})
 
 
 # --- on a cluster
@@ -442,7 +444,10 @@ def _drop_twins(config: ConvertConfig, items: Sequence[Item], tally: Tally) -> N
     by_id = {item.id: item for item in items}
     order = {source: i for i, source in enumerate(by_id)}
     book = Book(config.out, items)
-    staged = {read_json(folder / "episode.json")["source"]: folder for folder in staged_episodes(config.out)}
+    staged = {
+        read_json(config.out / name / "episode.json")["source"]: config.out / name
+        for name in staged_episodes(LocalFiles(config.out))
+    }
     for sources in book.sources.values():
         first, *others = sorted(sources, key=lambda s: (s in staged, order.get(s, -1)))
         for source in others:
