@@ -17,11 +17,12 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
+import simplejpeg
 import zarr
 from conftest import embodiment_dict
 
 import dita.datasets.jpeg  # noqa: F401  lets zarr-python read codec=jpeg
-from dita.datasets.shards import INDEX_BYTES, MISSING
+from dita.datasets.shards import INDEX_BYTES, MISSING, decode_jpeg
 from dita.datasets.store import Store, StoreError
 from dita.datasets.writer import StoreWriter
 from dita.embodiment import embodiment_from_dict
@@ -331,6 +332,30 @@ def test_a_flip_is_seen_when_its_frame_is_read(path: Path, shard: Path) -> None:
     with pytest.raises(StoreError, match=r"E_CHECKSUM: .*crc32c.*episode 2 \(test/002\), frame 115") as caught:
         store.read_frames(2, "cam1", [115])
     assert caught.value.code == "E_CHECKSUM"
+
+
+@pytest.mark.parametrize("codec", ["raw", "jpeg"])
+def test_a_flip_after_a_good_read_is_seen_by_the_next_one(path: Path, shard: Path, codec: str) -> None:
+    make_store(path, small_spec(), codec=codec)
+    store = Store(path)
+    before = store.read_frames(2, "cam1", [115])
+    with shard.open("r+b") as file:
+        index = np.frombuffer(shard.read_bytes()[-INDEX_BYTES:-4], "<u8").reshape(-1, 2)
+        file.seek(int(index[10].sum()) - 9)  # frame 115's, in its payload
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(StoreError, match=r"E_CHECKSUM: .*crc32c.*episode 2 \(test/002\), frame 115"):
+        store.read_frames(2, "cam1", [115])
+    assert before.shape == (1, 8, 8, 3) and before.flags.writeable  # a copy of its own
+
+
+def test_a_jpeg_of_another_size_is_refused() -> None:
+    jpeg = simplejpeg.encode_jpeg(np.zeros((8, 16, 3), np.uint8), 95, "RGB", "444")
+    assert decode_jpeg(jpeg, np.empty((8, 16, 3), np.uint8)).shape == (8, 16, 3)
+    for shape in ((16, 8, 3), (32, 16, 3), (4, 16, 3)):
+        with pytest.raises(ValueError):
+            decode_jpeg(jpeg, np.empty(shape, np.uint8))
 
 
 @pytest.mark.parametrize("codec", ["raw", "jpeg"])

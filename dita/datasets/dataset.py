@@ -6,7 +6,9 @@ import math
 import mmap
 import os
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any, Literal
@@ -57,13 +59,13 @@ class WindowDataset:
         self._sizes = (n_obs_steps, chunk_size, past_action_slots)
         self._pad_end: PadEnd = pad_end
         self._obs_stride, self._action_stride = strides(store.spec)
-        self._ends = np.cumsum([store.length(e) for e in self.episodes], dtype=np.int64)
+        self._ends = list(accumulate(store.length(e) for e in self.episodes))
         self._composed: dict[int, np.ndarray] = {}
         self._cache = _FrameCache(store, self.episodes) if cache == "ram" else None
 
     def __len__(self) -> int:
         """Return the number of windows: one per frame."""
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> Window:
         """Cut window `index`.
@@ -72,12 +74,12 @@ class WindowDataset:
             IndexError: there is no such window.
             StoreError: a frame is missing or damaged.
         """
-        if not 0 <= index < len(self):
+        if not 0 <= index < self._ends[-1]:
             raise IndexError(f"window {index} of {len(self)}")
-        place = int(np.searchsorted(self._ends, index, side="right"))
+        place = bisect_right(self._ends, index)
         episode = self.episodes[place]
         length = self.store.length(episode)
-        step = index - int(self._ends[place]) + length
+        step = index - self._ends[place] + length
         n_obs_steps, chunk_size, past = self._sizes
         frames, frame_valid = observation_frames(step, n_obs_steps, self._obs_stride)
         rows, step_valid = action_rows(length, step, chunk_size, self._action_stride, self._pad_end, past)

@@ -46,8 +46,11 @@ def observation_frames(
     Where the episode had not begun, the window's first real frame is repeated with valid False: what a robot has,
     whose history is still short.
     """
-    frames = step - stride * np.arange(n_obs_steps - 1, -1, -1)
+    first = step - stride * (n_obs_steps - 1)
+    frames = np.arange(first, step + 1, stride)
     valid = frames >= 0
+    if first >= 0:  # most windows: what follows costs microseconds
+        return frames, valid
     return np.where(valid, frames, frames[np.argmax(valid)]), valid
 
 
@@ -59,7 +62,10 @@ def action_rows(
     Past the end lies the hold row, number `length`: invalid with pad_end="mask", and so is a row that only partly has
     real actions; valid with "hold". Before the start lies row 0, never valid.
     """
-    rows = step + stride * np.arange(-past, chunk_size)
+    first, stop = step - stride * past, step + stride * chunk_size
+    rows = np.arange(first, stop, stride)
+    if first >= 0 and stop <= length:  # most windows: what follows costs microseconds
+        return rows, rows >= 0
     valid = (rows >= 0) if pad_end == "hold" else (rows >= 0) & (rows + stride <= length)
     return rows.clip(0, length), valid
 
