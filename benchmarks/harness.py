@@ -172,7 +172,9 @@ def readme_table(folder: Path = RESULTS) -> str:
             case = Case(**c)
             lines.append(f"| {row} | {case.name} | {' | '.join(_cells(case))} |")
             if case.note:
-                notes.append(f"- {row}, {case.note}" if case.met else f"- **{row}**, {case.note}")
+                plain = case.met or (case.met is None and case.ratio is not None)  # met, or there is no goal
+                notes.append(f"- {row}, {case.note}" if plain else f"- **{row}**, {case.note}")
+    notes = list(dict.fromkeys(notes))  # several cases may share one
     notes += [f"- Not yet measured: {', '.join(missing)}."] if missing else []
     return "\n".join([*lines, "", *notes, "", f"Machine: {'; '.join(sorted(cpus)) or 'none yet'}."]) + "\n"
 

@@ -366,7 +366,7 @@ class Table:
         best = max(peers, key=lambda p: median(self.rates[p].wall))
         wall, cpu = self._ratios(ours, best)
         if goal is not None and ceiling is not None and (most := self._ratios(ceiling, best)[0]) < goal:
-            note += f"; a {ceiling} itself reaches {most:.2f}x"
+            note = f"{name}: out of reach, a {ceiling} itself reaches {most:.2f}x"
         rates = {k: asdict(self.rates[k]) for k in (ours, *peers)}
         detail = {"fastest": best, "cpu_ratio": cpu, "rates": rates, **self.detail}
         values = (name, median(mine.wall), median(self.rates[best].wall), UNIT)

@@ -51,7 +51,8 @@ def test_the_table_says_met_missed_and_not_measured(tmp_path) -> None:
         harness.Case("a", 0.1, 0.5, "s", 5.0, ">= 3x", True),
         harness.Case("b", 2.0, 2.0, "s", 1.0, ">= 3x", False, "b: where the time goes"),
         harness.Case("c", None, None, "s", None, ">= 10x", None, "no CUDA device"),
-        harness.Case("d", 12345.6, 999.0, "windows/s", 12.4, "reported", None),
+        harness.Case("d", 12345.6, 999.0, "windows/s", 12.4, "reported", None, "d and e: no goal"),
+        harness.Case("e", 2000.0, 999.0, "windows/s", 2.0, "reported", None, "d and e: no goal"),
     ]
     harness.save("denoise_exact", "full", cases, 1.0, tmp_path)
     harness.save("memory", "quick", cases, 1.0, tmp_path)
@@ -60,6 +61,7 @@ def test_the_table_says_met_missed_and_not_measured(tmp_path) -> None:
     assert "| b | 2 s | 2 s | 1.00x | >= 3x | **missed** |" in table and "no CUDA device" in table
     assert "| c | - | - | - | >= 10x | not measured |" in table
     assert "| d | 12,346 windows/s | 999 windows/s | 12.40x | reported | - |" in table
+    assert table.count("- denoise_exact, d and e: no goal") == 1 and "- **denoise_exact**, b: where" in table
     # a quick run never counts
     assert "Not yet measured: tick_stream, tick_gpu, train_multinoise, loader, memory, startup." in table
 
