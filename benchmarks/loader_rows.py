@@ -439,7 +439,7 @@ def worker_turns(files: Files, t: int, size: Size) -> dict[str, Callable[[Window
                              language=LanguageConfig("bytes", 32, 1, None))  # fmt: skip
         config = replace(config, chunk_size=CHUNK, vision=replace(config.vision, image_size=size.pixels))
         stats = fit(store.spec, iter_low_dim(store))
-        contract = make_contract(PreprocessConfig("q01_q99", "squash"), config, [store.spec], [stats])
+        contract = make_contract(PreprocessConfig("q01_q99", "squash", "stored"), config, [store.spec], [stats])
         for workers in (1, 2):
             batches = data_loader(
                 [dataset], MixtureSampler([len(dataset)], [1.0], 0), batch_size=batch_size,
