@@ -4,7 +4,7 @@ A window is 2 or 16 frames of 224x224 and 16x7 actions. Every side reads the sam
 order, in one process with one thread, from the page cache, in turn: A B C ... A B C ... Some peers are optional, and a
 line without its peer says so. They go into a folder of their own, since neither declares what this project has:
 
-pip install --no-deps --target build/peers robomimic==0.3.0 termcolor==3.3.0 torchcodec==0.13.0
+.venv/bin/pip install --no-deps --target build/peers robomimic==0.3.0 termcolor==3.3.0 torchcodec==0.13.0
 apt-get install ffmpeg  # the libraries that torchcodec loads
 PYTHONPATH=build/peers make bench ROWS=loader
 """
@@ -60,8 +60,8 @@ VIDEO_OPTIONS = {"AV1": {"g": "2", "crf": "30", "preset": "12"}, "h264": {"g": "
 TOLERANCE_S = 1e-3  # between the stamp asked for and the frame's own
 JPEG_ERROR, VIDEO_ERROR = 4.0, 12.0  # of 255, mean over an image
 INSTALL = {
-    "robomimic": "pip install --no-deps --target build/peers robomimic==0.3.0 termcolor==3.3.0",
-    "torchcodec": "pip install --no-deps --target build/peers torchcodec==0.13.0, apt-get install ffmpeg",
+    "robomimic": ".venv/bin/pip install --no-deps --target build/peers robomimic==0.3.0 termcolor==3.3.0",
+    "torchcodec": ".venv/bin/pip install --no-deps --target build/peers torchcodec==0.13.0, apt-get install ffmpeg",
 }
 ZARR_NOTE = "zarr-python on our own files, one call per window; state and actions in memory, in its favour"
 ROBOMIMIC_NOTE = (
