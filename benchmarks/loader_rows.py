@@ -576,6 +576,7 @@ def ceilings(files: Files, t: int) -> dict[str, Side]:
     actions = [compose_actions(content.action[content.part(e)], 1, spec.action) for e in content.episodes]
     level = IMAGE_CODECS["jpeg"]["configuration"]
     jpegs = [simplejpeg.encode_jpeg(f, level["level"], "RGB", level["subsampling"]) for f in content.images]
+    room = np.empty((t, *content.images.shape[1:]), np.uint8)  # used again and again: no window is made
 
     def window(episode: int, step: int) -> Window:
         frames, frame_valid = observation_frames(step, t, 1)
@@ -590,7 +591,8 @@ def ceilings(files: Files, t: int) -> dict[str, Side]:
         return mapped[content.rows(episode, step, t)], *content.low_dim(episode, step, t)
 
     def decode(episode: int, step: int) -> list[np.ndarray]:
-        return [simplejpeg.decode_jpeg(jpegs[i], "RGB") for i in content.rows(episode, step, t)]
+        rows = content.rows(episode, step, t)
+        return [simplejpeg.decode_jpeg(jpegs[i], "RGB", buffer=to) for i, to in zip(rows, room, strict=True)]
 
     def checked(episode: int, step: int) -> np.ndarray:
         frames = mapped[content.rows(episode, step, t)[0] :][:t]  # not copied
