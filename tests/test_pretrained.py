@@ -9,6 +9,7 @@ import torch
 from conftest import contract_of, diffusion_config, make_history, make_window, policy_config
 
 from dita.config import LanguageConfig, VisionConfig
+from dita.policy.fast import PolicySession
 from dita.policy.language import text_encoder, tokenizer
 from dita.policy.policy import DitaPolicy
 from dita.policy.vision import VisualTokenizer
@@ -60,6 +61,27 @@ def test_a_policy_with_dino_and_clip_learns_saves_and_loads(spec, clip, tmp_path
     history = make_history(spec, 0)
     a, b = (p.predict(history, seed=0).values for p in (policy, load_policy(tmp_path)))
     assert (a == b).all()
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_session_loads_the_text_encoder_once_and_a_lean_one_lets_it_go(spec, clip, lean, monkeypatch) -> None:
+    from transformers import CLIPTextModel
+
+    config = policy_config(language=LanguageConfig("transformers", 77, 0, str(clip)))
+    policy = DitaPolicy(config, diffusion_config(), contract_of([spec], config)).eval()
+    expected = policy.predict(make_history(spec, 0), seed=0).values
+    policy.model.language._cache.clear()  # pyright: ignore
+    policy.model.language.unload()  # pyright: ignore
+    loads, load = [], CLIPTextModel.from_pretrained
+    monkeypatch.setattr(CLIPTextModel, "from_pretrained", lambda *a, **k: loads.append(1) or load(*a, **k))
+    session = PolicySession(policy, lean=lean)
+    assert len(loads) == (0 if lean else 1)  # not in the middle of the first tick
+    for _ in range(2):
+        got = session.predict(make_history(spec, 0), seed=0).values
+        torch.testing.assert_close(torch.from_numpy(got), torch.from_numpy(expected), atol=2e-7, rtol=0)
+    assert len(loads) == 1
+    assert bool(session.policy.model.language._loaded) != lean  # pyright: ignore
+    assert not policy.model.language._loaded  # pyright: ignore
 
 
 def test_patches_alone_are_tokens_too(spec, tmp_path) -> None:

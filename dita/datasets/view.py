@@ -76,7 +76,7 @@ def log_episode(rerun: ModuleType, recording: Any, store: Store, number: int) ->
 def import_rerun() -> ModuleType:
     """Import rerun-sdk; raise ImportError saying how to get it."""
     try:
-        import rerun
+        import rerun  # pyright: ignore
     except ImportError:
         raise ImportError("--view needs rerun-sdk: pip install 'dita[view]'") from None
     return rerun

@@ -245,7 +245,8 @@ class PolicySession:
         """
         self.embodiment = policy.embodiment_name(embodiment)
         self.policy = inference_twin(policy, pack=not lean)
-        self._encoder = policy.model.language if isinstance(policy.model.language, PretrainedEncoder) else None
+        language = self.policy.model.language  # the twin's: what it loads, the given policy does not hold
+        self._encoder = language if isinstance(language, PretrainedEncoder) else None
         self._lean = lean
         if self._encoder is not None and self._encoder.config.pretrained is not None and not lean:
             self._encoder.load()
