@@ -135,6 +135,22 @@ def test_committed_actions_stand_where_the_sequence_says(spec) -> None:
     torch.testing.assert_close(out[1], denoise(policy, context, x, t, slots)[1], atol=2e-6, rtol=0)
 
 
+def test_committed_slots_are_shown_clean_and_not_learned(spec, monkeypatch) -> None:
+    """Whatever the network says at slots that are decided already, the loss does not change; at free ones it does."""
+    policy = make_policy(spec, max_committed_slots=3)
+    batch = batch_of(policy, [make_window(spec, i) for i in range(8)])
+    count = torch.randint(4, (8,), generator=torch.Generator().manual_seed(5))  # the first draw of `loss`
+    assert set(count.tolist()) == {0, 1, 2, 3}
+    committed = torch.arange(6) < count[:, None]  # [b n]
+    denoise, losses = policy.model.denoise, []
+    for wrong in (torch.zeros_like(committed), committed, ~committed):
+        monkeypatch.setattr(
+            policy.model, "denoise", lambda *a, w=wrong: denoise(*a) + 1000 * w[:, None, :, None].float()
+        )
+        losses.append(policy.loss(batch, 2, torch.Generator().manual_seed(5)).item())
+    assert losses[0] == losses[1] and losses[2] > 1e5
+
+
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
