@@ -82,15 +82,16 @@ def test_dita_base_is_the_published_network() -> None:
     )
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_import_writes_a_folder_that_samples_the_official_actions(suffix, tmp_path, capsys) -> None:
+@pytest.mark.parametrize(("suffix", "zipped"), [(".pth", True), (".pth", False), (".safetensors", None)])
+def test_import_writes_a_folder_that_samples_the_official_actions(suffix, zipped, tmp_path, capsys) -> None:
     _, io, sizes = load("t11_cosine100")
     source = REFERENCE / "t11_cosine100" / "state_dict.safetensors"
     if suffix == ".pth":
         source = tmp_path / "published.pth"
         state = load_file(REFERENCE / "t11_cosine100" / "state_dict.safetensors")
         adam = {"state": {0: {"exp_avg": torch.zeros(3), "step": 5}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}
-        torch.save({"parameter": state, "optimizer": adam, "epoch": 3}, source)
+        content = {"parameter": state, "optimizer": adam, "epoch": 3}
+        torch.save(content, source, _use_new_zipfile_serialization=zipped)
     argv = ["import-official", str(source), str(tmp_path / "out"), "--action-slots", "11"]
     argv += ["--schedule", "cosine100", "--vision-heads", "2"]
     assert main(argv) == 0

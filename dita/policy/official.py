@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -258,7 +259,8 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return load_tensors(file)
     try:
-        values = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # files from before torch 1.6 are no zip archives and cannot be mapped
+        values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f"{file} is not a checkpoint of tensors and plain values, refused: {reason}") from None
