@@ -261,9 +261,10 @@ def read_state_dict(file: Path) -> dict[str, Tensor]:
     try:
         # files from before torch 1.6 are no zip archives and cannot be mapped
         values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"{file} is not a checkpoint of tensors and plain values, refused: {reason}") from None
+    except pickle.UnpicklingError:  # torch's own text recommends to load it by running it
+        raise ValueError(f"{file} holds more than tensors and plain values, or is damaged; refused") from None
+    except (RuntimeError, EOFError, KeyError, ValueError) as e:
+        raise ValueError(f"{file} is not a checkpoint; refused: {str(e).splitlines()[0]}") from None
     found = values.get("parameter", values) if isinstance(values, dict) else values
     if not isinstance(found, dict) or not found or not all(isinstance(t, Tensor) for t in found.values()):
         what = f"keys {sorted(map(str, values))[:8]}" if isinstance(values, dict) else type(values).__name__

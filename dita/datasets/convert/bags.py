@@ -35,7 +35,7 @@ MAX_MESSAGE = 2**28
 MAX_RATIO = 2000  # inflated / stored
 MAX_METADATA = 2**20
 SPLIT = re.compile(r"(_[0-9]+)?\.(mcap|db3)$")
-TODO = "restore the file from a copy, or --quarantine to write what is left"
+ADVICE = "restore the file from a copy, or --quarantine to write what is left"
 
 
 class Fault(NamedTuple):
@@ -181,7 +181,7 @@ class McapFile:
         if magic != MAGIC:
             code = "E_TRUNCATED" if MAGIC.startswith(magic) else "E_SCHEMA"
             self.close()
-            raise Rejected(code, path, "", "", f"an MCAP file ({MAGIC!r})", f"{magic!r}", TODO)
+            raise Rejected(code, path, "", "", f"an MCAP file ({MAGIC!r})", f"{magic!r}", ADVICE)
         self._read_summary()
 
     def close(self) -> None:
@@ -345,7 +345,7 @@ class SqliteFile:
         self.topics: dict[str, Topic] = {}
         self.counts: dict[str, int] = {}
         if path.stat().st_size == 0:
-            raise Rejected("E_TRUNCATED", path, "", "", "an SQLite database", "0 bytes", TODO)
+            raise Rejected("E_TRUNCATED", path, "", "", "an SQLite database", "0 bytes", ADVICE)
         self._db = sqlite3.connect(f"file:{_quoted(path)}?mode=ro&immutable=1", uri=True, check_same_thread=False)
         self._db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_MESSAGE)
         self._db.text_factory = lambda raw: raw.decode(errors="replace")
@@ -361,10 +361,10 @@ class SqliteFile:
             )
         except sqlite3.Error as e:
             self._db.close()
-            raise Rejected("E_TRUNCATED", path, "", "", "an SQLite database", str(e), TODO) from None
+            raise Rejected("E_TRUNCATED", path, "", "", "an SQLite database", str(e), ADVICE) from None
         if tables != 2:
             self._db.close()
-            raise Rejected("E_SCHEMA", path, "", "", "tables messages and topics", f"{tables} of them", TODO)
+            raise Rejected("E_SCHEMA", path, "", "", "tables messages and topics", f"{tables} of them", ADVICE)
         self._names = {number: str(name) for number, name, _, _ in rows}
         self.topics = {str(name): Topic(str(kind), str(encoding)) for _, name, kind, encoding in rows}
 
@@ -488,7 +488,7 @@ def open_storage(path: Path) -> Storage:
         Rejected: E_TRUNCATED, E_SCHEMA.
     """
     if not path.is_file():
-        raise Rejected("E_TRUNCATED", path, "", "", "the file that metadata.yaml lists", "none", TODO)
+        raise Rejected("E_TRUNCATED", path, "", "", "the file that metadata.yaml lists", "none", ADVICE)
     return SqliteFile(path) if path.suffix == ".db3" else McapFile(path)
 
 

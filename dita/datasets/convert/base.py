@@ -73,7 +73,7 @@ MIN_FRAMES = 2
 STILL_FRAMES = 20  # in which a joint should move
 POLARITY_FRAMES = 20  # that a gripper's command and state must have in common to be compared
 CAMERAS_OPTION = "the cameras to take and other names for them: NAME:KEY,KEY,... (default: all)"
-PATH_TODO = "remove it from the input; nothing outside the input folder is read"
+PATH_ADVICE = "remove it from the input; nothing outside the input folder is read"
 
 
 class Rejected(ValueError):
@@ -216,7 +216,7 @@ def check_name(name: str, file: str | Path, what: str = "name") -> str:
     if bad:
         shown = ascii(name if len(name) <= 60 else f"{name[:57]}...")
         expected = f"a relative name of at most {MAX_NAME} characters"
-        raise Rejected("E_PATH", file, "", what, expected, shown, PATH_TODO)
+        raise Rejected("E_PATH", file, "", what, expected, shown, PATH_ADVICE)
     return name
 
 
@@ -245,7 +245,7 @@ def check_inside(root: Path, path: Path) -> Path:
         found = "a pipe, socket or device"
     else:
         return path
-    raise Rejected("E_PATH", path, "", "", f"a file inside {base}", found, PATH_TODO)
+    raise Rejected("E_PATH", path, "", "", f"a file inside {base}", found, PATH_ADVICE)
 
 
 def list_files(root: Path, *suffixes: str) -> list[Path]:

@@ -75,7 +75,7 @@ GAP = 500_000_000  # [ns] between frames that ends an episode
 SKEW = 50_000_000  # [ns] likewise, worth a warning
 TWO_CLOCKS = 500_000_000  # [ns] between the delays of two streams, header to log
 SUFFIXES = ("/image_raw/compressed", "/image_raw", "/image/compressed", "/compressed", "/image")
-TODO = "restore the file from a copy, or --quarantine to write what is left"
+ADVICE = "restore the file from a copy, or --quarantine to write what is left"
 
 
 @cache
@@ -518,12 +518,12 @@ class McapSource:
         plan = self._plan(name)
         if what == "cut":
             fault = plan.recording.cuts[int(number)][1]
-            raise reject(fault.code, item, fault.where, fault.expected, fault.found, TODO)
+            raise reject(fault.code, item, fault.where, fault.expected, fault.found, ADVICE)
         piece = plan.pieces[int(number)]
         if piece.lost:
             first, last = (plan.stamp[piece.frames[i]] / 1e9 for i in (0, -1))
             found = f"none for {len(piece.frames)} frames from {first:.6f} to {last:.6f} s"
-            raise reject("E_STAMP", item, piece.lost, "a message near every frame", found, TODO)
+            raise reject("E_STAMP", item, piece.lost, "a message near every frame", found, ADVICE)
         instruction = self._options.require_instruction(item.file, piece.text)
         frames = np.array(piece.frames)
         recording = plan.recording
@@ -581,7 +581,7 @@ class McapSource:
                 raise
             fault = recording.cuts[0][1]  # why it lacks something
             found = f"{fault.found}, and the rest has no {e.key}"
-            raise Rejected(fault.code, recording.file, "", fault.where, fault.expected, found, TODO) from None
+            raise Rejected(fault.code, recording.file, "", fault.where, fault.expected, found, ADVICE) from None
         main, *others = (recording.cameras[c] for c in cameras)
         streams = [*others, recording.state, recording.action]
         notes = [*recording.notes, *_clock_notes([main, *streams], self._asked.get("clock", "header"))]
@@ -615,7 +615,7 @@ class McapSource:
         names = self._needed(recording)
         if not names:
             found = ", ".join(f"{t} ({k.type})" for t, k in recording.types.items()) or "no topics"
-            raise Rejected("E_KEY", recording.file, "", "cameras", f"a topic of {' or '.join(PICTURES)}", found, TODO)
+            raise Rejected("E_KEY", recording.file, "", "cameras", f"a topic of {' or '.join(PICTURES)}", found, ADVICE)
         return names
 
     def _check_topics(self, recording: Recording, cameras: Sequence[str]) -> None:
@@ -695,7 +695,7 @@ class McapSource:
             except (ValueError, Rejected):
                 continue
         found = f"none in {min(len(stream.place), 100)} messages"
-        raise Rejected("E_SCHEMA", recording.file, "", stream.topic, "a picture", found, TODO)
+        raise Rejected("E_SCHEMA", recording.file, "", stream.topic, "a picture", found, ADVICE)
 
     def _pictures(self, plan: Plan, name: str, frames: np.ndarray, size: tuple[int, int], item: Item) -> np.ndarray:
         recording, stream = plan.recording, plan.recording.cameras[name]
@@ -714,7 +714,7 @@ class McapSource:
             except ValueError as e:
                 if isinstance(e, Rejected):
                     raise
-                raise reject("E_SCHEMA", item, where, "a picture that decodes", str(e), TODO) from None
+                raise reject("E_SCHEMA", item, where, "a picture that decodes", str(e), ADVICE) from None
         return out
 
     def _values(

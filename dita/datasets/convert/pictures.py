@@ -13,7 +13,7 @@ from dita.datasets.convert.base import Rejected, check_pixels
 from dita.datasets.shards import import_simplejpeg
 
 JPEG, PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-TODO = "restore the file from a copy, or remove the episode"
+ADVICE = "restore the file from a copy, or remove the episode"
 
 
 def picture_size(data: bytes | memoryview, file: str | Path, key: str) -> tuple[int, int]:
@@ -29,10 +29,10 @@ def picture_size(data: bytes | memoryview, file: str | Path, key: str) -> tuple[
         try:
             height, width, _, _ = import_simplejpeg().decode_jpeg_header(data)
         except ValueError as e:
-            raise Rejected("E_SCHEMA", file, "", key, "a JPEG picture", str(e), TODO) from None
+            raise Rejected("E_SCHEMA", file, "", key, "a JPEG picture", str(e), ADVICE) from None
     else:
         found = f"{len(data)} bytes beginning {head[:8].hex() or 'with nothing'}"
-        raise Rejected("E_SCHEMA", file, "", key, "a JPEG or PNG picture", found, TODO)
+        raise Rejected("E_SCHEMA", file, "", key, "a JPEG or PNG picture", found, ADVICE)
     check_pixels(width, height, file, key)
     return height, width
 
@@ -48,10 +48,10 @@ def decode_picture(data: bytes | memoryview, file: str | Path, key: str) -> UInt
         decode = _decode_jpeg if bytes(data[:3]) == JPEG else _decode_png
         frame = decode(bytes(data))
     except (ValueError, OSError, SyntaxError) as e:  # Pillow reports broken PNG chunks as SyntaxError
-        raise Rejected("E_SCHEMA", file, "", key, "a picture that decodes", str(e), TODO) from None
+        raise Rejected("E_SCHEMA", file, "", key, "a picture that decodes", str(e), ADVICE) from None
     if frame.shape != (height, width, 3):
         expected = f"{width} x {height} RGB as the header says"
-        raise Rejected("E_SCHEMA", file, "", key, expected, f"{list(frame.shape)}", TODO)
+        raise Rejected("E_SCHEMA", file, "", key, expected, f"{list(frame.shape)}", ADVICE)
     return frame
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float64, UInt8
 
 from dita.datasets.convert.base import Rejected, check_pixels
 
-TODO = "record the episode again, or --quarantine to write a new store of the others"
+ADVICE = "record the episode again, or --quarantine to write a new store of the others"
 
 
 def read_frames(
@@ -36,7 +36,7 @@ def read_frames(
     """
 
     def no(code: str, expected: str, found: str) -> Rejected:
-        return Rejected(code, path, "", key, expected, found, TODO)
+        return Rejected(code, path, "", key, expected, found, ADVICE)
 
     if not path.is_file():
         raise no("E_CHUNK_MISSING", "an mp4 file", "none")
