@@ -25,7 +25,8 @@ from robot_io import messages as m
 from robot_io.bus import COMMAND, LATCHED, STATE, Bus, open_bus
 from robot_io.core.diagnostics import Running
 from robot_io.core.limits import Limits, Robot, parse_robot
-from robot_io.nodes import (
+from robot_io.nodes import NODES, entry
+from robot_io.nodes.topics import (
     ARM,
     CHUNK,
     CONTRACT,
@@ -34,7 +35,6 @@ from robot_io.nodes import (
     EPISODE_STATE,
     EXECUTED,
     GUARD_STATE,
-    NODES,
     TARGET_POSE,
     TOOL_POSE,
 )
@@ -406,7 +406,7 @@ def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
     if role == "live":
         live(config, exist=exist)
     elif role in NODES:
-        NODES[role](**arguments_of(config)[role])
+        entry(role)(**arguments_of(config)[role])
     else:
         raise ValueError(f"no role {role!r}; there are live, {', '.join(NODES)}")
 

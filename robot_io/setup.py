@@ -8,7 +8,7 @@ from setuptools import setup
 setup(
     name="robot_io",
     version="0.1.0",
-    packages=["robot_io", "robot_io.core"],
+    packages=["robot_io", "robot_io.core", "robot_io.nodes"],
     package_dir={"robot_io": "."},
     data_files=[
         ("share/ament_index/resource_index/packages", ["resource/robot_io"]),
@@ -16,7 +16,7 @@ setup(
         ("share/robot_io/launch", ["launch/dita.launch.py"]),
     ],
     install_requires=["setuptools", "numpy", "ruckig"],
-    entry_points={"console_scripts": ["guard = robot_io.nodes:ros2_guard"]},
+    entry_points={"console_scripts": ["guard = robot_io.nodes.guard:ros2_guard"]},
     # where `ros2 run` looks
     options={"install": {"install_scripts": "$base/lib/robot_io"}, "develop": {"script_dir": "$base/lib/robot_io"}},
 )

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from robot_io.bus import open_bus
-from robot_io.nodes import PolicyNode, TwinNode, _serve
+from robot_io.nodes.policy import PolicyNode
+from robot_io.nodes.serve import serve
+from robot_io.nodes.twin import TwinNode
 
 START, GOAL = np.array([0.0, 0.6, 0.2]), np.array([0.2, 0.7, 0.3])
 
@@ -94,7 +96,7 @@ class PointPolicy:
 def main(name: str, domain_id: int, endless: bool = False) -> None:
     bus = open_bus("dds", name, domain_id)
     if name == "twin":
-        _serve(TwinNode(bus, PointEnv(), EMBODIMENT, command_timeout=0.1))
+        serve(TwinNode(bus, PointEnv(), EMBODIMENT, command_timeout=0.1))
         return
     names = ("images", "state", "instruction", "stamp")
 
@@ -103,7 +105,7 @@ def main(name: str, domain_id: int, endless: bool = False) -> None:
 
     timing = {"slop": 0.033, "max_age": 0.15, "interval": 0.0}
     policy = PointPolicy(endless)
-    _serve(PolicyNode(bus, policy, EMBODIMENT, "0" * 64, observation, n_obs_steps=2, seed=0, **timing))
+    serve(PolicyNode(bus, policy, EMBODIMENT, "0" * 64, observation, n_obs_steps=2, seed=0, **timing))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def through_zarr(instants: list[RawObservation], path: Any, preprocessor: Prepro
 
 
 def through_ros(instants: list[RawObservation], preprocessor: Preprocessor) -> Observation:
-    from robot_io.nodes import PolicyNode, TwinNode
+    from robot_io.nodes.policy import PolicyNode
+    from robot_io.nodes.twin import TwinNode
 
     spec = next(iter(preprocessor.specs.values()))
     seen: list[list[RawObservation]] = []

@@ -801,7 +801,7 @@ import json, pathlib, robot_io
 assert pathlib.Path(robot_io.__file__).parent == pathlib.Path.cwd() / "robot_io", robot_io.__file__
 import robot_io.messages, robot_io.bus, robot_io.bus_dds, robot_io.nodes, robot_io.core.guard, robot_io.core.sync
 from robot_io.bus import open_bus
-from robot_io.nodes import GuardNode
+from robot_io.nodes.guard import GuardNode
 from robot_io.core.guard import GuardConfig
 contract = json.loads(sys.argv[1])
 config = GuardConfig(1 / 160, 0.1, 0.1, 1.0, 0.05, 0.25)

@@ -20,7 +20,8 @@ from robot_io import messages as m
 from robot_io.bus import COMMAND, LATCHED, STATE, open_bus
 from robot_io.core.guard import GuardConfig
 from robot_io.live import Children, Judge, Operator, commands_of, live
-from robot_io.nodes import CHUNK, CONTRACT, GRIPPER, TARGET_POSE, main
+from robot_io.nodes import main
+from robot_io.nodes.topics import CHUNK, CONTRACT, GRIPPER, TARGET_POSE
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.live
@@ -266,7 +267,7 @@ def test_children_end_when_their_owner_does(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["robot", "{}"], 2, "there are guard, policy, twin"),
+        (["robot", "{}"], 1, "there are guard, policy, twin"),
         (["guard", "{"], 1, "error:"),
         (["guard", '{"bus": {"kind": "can", "domain_id": 0}, "tick_hz": 50}'], 1, "error:"),
         (["guard", '{"bus": {"kind": "dds", "domain_id": 79}, "tick_hz": 160, "contract": "none.json"}'], 1, "error:"),

@@ -1,0 +1,49 @@
+"""The graph's names: topics, frames, and how an embodiment's fields travel on them."""
+
+from typing import List
+
+from robot_io.core.limits import Field
+
+TOOL_POSE = "/tool_pose"  # twin -> all: measured position
+JOINTS = "/joint_states"  # twin -> policy: gripper and joints, by name
+TARGET_POSE = "/target_pose"  # guard -> twin: the command topic
+GRIPPER = "/gripper_controller/joint_trajectory"  # guard -> twin
+CHUNK = "/dita/chunk"  # policy -> guard
+CHUNK_GRIPPER = "/dita/chunk_gripper"  # policy -> guard: same stamp, which is the chunk's id
+EXECUTED = "/dita/executed"  # guard -> policy
+CONTRACT = "/dita/contract"  # policy -> all, latched
+INSTRUCTION = "/dita/instruction"  # operator or twin -> policy, latched
+ARM = "/dita/arm"  # operator -> guard
+GUARD_STATE = "/dita/state"  # guard -> all
+EPISODE = "/dita/episode"  # operator -> twin: reset
+EPISODE_STATE = "/dita/episode_state"  # twin -> operator
+DIAGNOSTICS = "/diagnostics"
+
+BASE_FRAME = "base_link"
+BASE_FRAME = "base_link"
+
+
+def image_topic(camera: str) -> str:
+    """Return the topic of a camera."""
+    return f"/{camera}/image_raw"
+
+
+def joint_names(field: Field) -> List[str]:
+    """Return the names under which a state field travels as joints.
+
+    Raises:
+        ValueError: a tool rotation, which no joint state can carry.
+    """
+    if field.kind.startswith("ee_rotation"):
+        raise ValueError(f"state field {field.name}: {field.kind} is not carried by the live stack yet")
+    return [field.name] if field.size == 1 else [f"{field.name}_{i}" for i in range(field.size)]
+
+
+def is_tool(field: Field) -> bool:
+    """Return whether a state field travels as the tool's pose."""
+    return field.kind == "ee_position"
+
+
+def gripper_quantity(field: Field) -> str:
+    """Return the trajectory quantity of a gripper field."""
+    return "effort" if field.kind == "gripper_effort" else "positions"
