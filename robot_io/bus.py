@@ -3,9 +3,12 @@
 Two implementations: `bus_dds` (CycloneDDS wheels, no ROS installed) and `bus_rclpy` (a real lifecycle node).
 """
 
+import math
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, List, Literal, Optional, Protocol
+from typing import Any, Callable, List, Literal, Mapping, Optional, Protocol, Sequence, runtime_checkable
+
+BRAKE_S = 2.0  # what a node has to come to rest in before its bus leaves without it [s]
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,85 @@ class Bus(Protocol):
     def on_qos_mismatch(self, callback: Callable[[str], None]) -> None:
         """Call `callback(text)` when an endpoint of this node and another one do not match; text says who offers what.
 
-        Without it a mismatch is logged as an error.
+        Without it a mismatch is logged as an error. Another type on the same topic counts as one.
         """
         ...
 
     def on_liveliness(self, topic: str, callback: Callable[[int], None]) -> None:
         """Call `callback(alive)` when the number of live writers on a subscribed topic changes."""
         ...
+
+    def on_stop(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(reason)` when the node must come to rest and leave: an exception in one of its callbacks or
+        timers, a lifecycle transition.
+
+        Timers and callbacks go on until the node calls `shutdown`, for `BRAKE_S` at most; then `spin` raises the
+        exception again. Without it an exception ends `spin` at once.
+        """
+        ...
+
+
+@runtime_checkable
+class Services(Protocol):
+    """What a bus has on top where the middleware's services are had: `if isinstance(bus, Services)`.
+
+    DDS vendors frame requests differently, so services work inside ROS 2 only; whatever has one has a topic as well.
+    """
+
+    def service(self, name: str, type: str, callback: Callable[[Any], Mapping[str, Any]]) -> None:
+        """Answer requests ("std_srvs/srv/SetBool") with the fields that `callback(request)` returns."""
+        ...
+
+
+class Stopper:
+    """Run a node's callbacks for a bus; after an exception in one the node brakes before the bus leaves."""
+
+    def __init__(self, log: Callable[[str, str], None]) -> None:
+        self.callback: Optional[Callable[[str], None]] = None
+        self.error: Optional[Exception] = None
+        self.deadline = math.inf  # of `time.monotonic`
+        self._log = log
+
+    def call(self, callback: Callable[..., Any], *arguments: Any) -> Any:
+        """Call back; return what it returns, or None after an exception."""
+        try:
+            return callback(*arguments)
+        except Exception as e:
+            if self.callback is None:
+                raise
+            if self.error is None:  # a timer that fails at every tick is said once
+                self.error = e
+                self.ask(f"{type(e).__name__}: {e}")
+
+    def ask(self, reason: str) -> None:
+        """Ask the node to come to rest and leave."""
+        self._log("error" if self.error else "info", f"stopping: {reason}")
+        self.deadline = min(self.deadline, time.monotonic() + BRAKE_S)
+        try:
+            if self.callback is not None:
+                self.callback(reason)
+        except Exception as e:
+            self.error, self.deadline = self.error or e, -math.inf
+
+    def finish(self) -> None:
+        """Raise the first exception again, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+
+class Timer:
+    """Calls on a grid; what is missed is gone."""
+
+    def __init__(self, period: float, callback: Callable[[], Any], start: float) -> None:
+        if not period > 0:
+            raise ValueError(f"a timer's period must be positive, got {period} s")
+        self.period, self.callback, self.next = period, callback, start + period
+
+    def dispatch(self, now: float) -> None:
+        """Call back if it is time [s]."""
+        if now >= self.next:
+            self.next += self.period * (1 + (now - self.next) // self.period)
+            self.callback()
 
 
 class Clock:
@@ -145,22 +220,39 @@ class Clock:
         return self.rate * time.monotonic()
 
 
-def open_bus(kind: str, name: str, domain_id: int, rate: float = 1.0) -> Bus:
+def open_bus(
+    kind: str,
+    name: str,
+    domain_id: int,
+    rate: float = 1.0,
+    discovery: Optional[str] = None,
+    peers: Optional[Sequence[str]] = None,
+    interface: str = "",
+    loss_permille: int = 0,
+) -> Bus:
     """Join a graph as node `name`.
 
     Args:
-        kind: "dds" (CycloneDDS wheels) or "rclpy" (a sourced ROS 2).
+        kind: "dds" (CycloneDDS wheels) or "rclpy" (a sourced ROS 2, which takes the rest from its environment).
         domain_id: as ROS_DOMAIN_ID.
         rate: of the clock, see `Clock`; rclpy has only 1.
+        discovery: LOCALHOST, or SUBNET for multicast; None: ROS_AUTOMATIC_DISCOVERY_RANGE, or LOCALHOST.
+        peers: addresses of the other machines, for unicast; None: ROS_STATIC_PEERS. Never together with SUBNET.
+        interface: network interface by name, for several machines; empty: CycloneDDS chooses.
+        loss_permille: tests only: of the packets that this process sends, so many are lost.
     """
     if kind == "dds":
-        from robot_io.bus_dds import DdsBus
+        from robot_io.bus_dds import DdsBus, network_of
 
-        return DdsBus(name, domain_id, Clock(rate))
+        return DdsBus(name, domain_id, Clock(rate), network_of(discovery, peers, interface, loss_permille))
     if kind == "rclpy":
         from robot_io.bus_rclpy import RclpyBus
 
         if rate != 1.0:
             raise ValueError("the rclpy bus runs in real time only; leave the real-time factor at 1")
+        if discovery or peers or interface or loss_permille:
+            raise ValueError(
+                "the rclpy bus takes its network from ROS: set ROS_AUTOMATIC_DISCOVERY_RANGE and ROS_STATIC_PEERS"
+            )
         return RclpyBus(name, domain_id)
     raise ValueError(f"no bus {kind!r}; there are dds and rclpy")
