@@ -5,8 +5,9 @@ Two implementations: `bus_dds` (CycloneDDS wheels, no ROS installed) and `bus_rc
 
 import math
 import time
+import typing
 from dataclasses import dataclass
-from typing import Any, Callable, List, Literal, Mapping, Optional, Protocol, Sequence, runtime_checkable
+from typing import Any, Callable, Iterator, List, Literal, Mapping, Optional, Protocol, Sequence, Set, Tuple
 
 BRAKE_S = 2.0  # what a node has to come to rest in before its bus leaves without it [s]
 
@@ -45,6 +46,7 @@ class Writer:
     node: str  # the node's name, or its participant's key where it gives none
     type: str
     qos: Qos
+    type_hash: str = ""  # of the type's definition (REP 2016), where the writer gives one
 
 
 class Publisher(Protocol):
@@ -59,6 +61,11 @@ class Bus(Protocol):
     """One node in a graph. Callbacks and timers run one at a time, in the thread that spins."""
 
     name: str
+
+    @property
+    def running(self) -> bool:
+        """Return whether nobody has called `shutdown` yet."""
+        ...
 
     def msg(self, type: str, **fields: Any) -> Any:
         """Build a message ("std_msgs/msg/String"); fields left out are zero. Raises ValueError for unknown names."""
@@ -137,7 +144,7 @@ class Bus(Protocol):
         ...
 
 
-@runtime_checkable
+@typing.runtime_checkable
 class Services(Protocol):
     """What a bus has on top where the middleware's services are had: `if isinstance(bus, Services)`.
 
@@ -200,6 +207,27 @@ class Timer:
             self.callback()
 
 
+class TypeWatch:
+    """Tell of writers whose type is not the one that a reader asks for: DDS and ROS 2 say nothing about these."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._said: Set[Tuple[str, str, str, str]] = set()
+
+    def look(self, topic: str, type: str, type_hash: str, writers: Sequence[Writer]) -> Iterator[str]:
+        """Yield one line per writer on `topic` that offers something else, once."""
+        for writer in writers:
+            other = bool(type_hash and writer.type_hash and type_hash != writer.type_hash)
+            key = (topic, writer.node, writer.type, writer.type_hash)
+            if (writer.type != type or other) and key not in self._said:
+                self._said.add(key)
+                yield (
+                    f"type mismatch on {topic}: {self._name} requests {type}, {writer.node} offers {writer.type}"
+                    + (" of another definition" if writer.type == type else "")
+                    + ". Do not expect its messages"
+                )
+
+
 class Clock:
     """Wall and steady time at `rate` times real time; slow motion for machines that cannot keep up.
 
@@ -218,6 +246,23 @@ class Clock:
     def steady(self) -> float:
         """Return monotonic time [s] at the same rate."""
         return self.rate * time.monotonic()
+
+
+def wait_for_writer(
+    bus: Bus, topic: str, type: str, qos: Qos, timeout_s: float, nodes: Callable[[], Sequence[str]]
+) -> None:
+    """Do what `Bus.wait_for_writer` says, with `nodes` for the names of everybody there."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end and bus.running:
+        bus.spin(min(0.02, timeout_s))
+        if any(w.type == type and w.qos.satisfies(qos) for w in bus.writers(topic)):
+            return
+    there = "; ".join(f"{w.node} offers {w.type} ({w.qos})" for w in bus.writers(topic)) or "nobody offers it"
+    others = ", ".join(sorted(set(nodes()) - {bus.name})) or "none"
+    raise TimeoutError(
+        f"no publisher on {topic} of {type} ({qos}) after {timeout_s:g} s: {there}. Nodes: {others}. "
+        "Start the peer, or compare ROS_DOMAIN_ID, discovery range and QoS"
+    )
 
 
 def open_bus(

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from functools import lru_cache
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
 import numpy as np
 from cyclonedds.builtin import (
@@ -41,7 +41,7 @@ from cyclonedds.util import duration
 from rosbags.interfaces import Nodetype
 from rosbags.typesys import Stores, get_typestore
 
-from robot_io.bus import STATE, Clock, Qos, Stopper, Timer, Writer
+from robot_io.bus import STATE, Clock, Qos, Stopper, Timer, TypeWatch, Writer, wait_for_writer
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
 
@@ -191,13 +191,18 @@ def message(type: str, **fields: Any) -> Any:
     return TYPES.types[type](**values)
 
 
+@lru_cache(maxsize=None)
+def _hash(type: str) -> str:
+    return TYPES.hash_rihs01(type)
+
+
 def _dds_qos(qos: Qos, type: str) -> DdsQos:
     policies = [
         Policy.Reliability.Reliable(duration(milliseconds=100)) if qos.reliable else Policy.Reliability.BestEffort,
         Policy.Durability.TransientLocal if qos.latched else Policy.Durability.Volatile,
         Policy.History.KeepLast(qos.depth),
         Policy.DataRepresentation(use_cdrv0_representation=True, use_xcdrv2_representation=False),
-        Policy.Userdata(f"typehash={TYPES.hash_rihs01(type)};".encode()),
+        Policy.Userdata(f"typehash={_hash(type)};".encode()),
     ]
     if qos.lease_s is not None:
         policies.append(Policy.Liveliness.Automatic(int(qos.lease_s * 1e9)))
@@ -272,10 +277,15 @@ class DdsBus:
         self._stopper = Stopper(self.log)
         self._timers: List[Timer] = []
         self.timer(POLL_S * self.clock.rate, self._poll)
-        self._other_types: Set[Tuple[str, str, str]] = set()  # that were said
+        self._types = TypeWatch(name)
         self._mismatch: Callable[[str], None] = lambda text: self.log("error", text)
         self._running = threading.Event()
         self._running.set()
+
+    @property
+    def running(self) -> bool:
+        """Return whether nobody has called `shutdown` yet."""
+        return self._running.is_set()
 
     def msg(self, type: str, **fields: Any) -> Any:
         """Build a message, see `message`."""
@@ -363,16 +373,8 @@ class DdsBus:
         Raises:
             TimeoutError: nobody does; says which topic, type and QoS, after how long, and what is there instead.
         """
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end and self._running.is_set():
-            self.spin(min(0.02, timeout_s))
-            if any(w.type == type and w.qos.satisfies(qos) for w in self.writers(topic)):
-                return
-        there = "; ".join(f"{w.node} offers {w.type} ({w.qos})" for w in self.writers(topic)) or "nobody offers it"
-        nodes = sorted({self._node_of(key) for key in self._participants.alive()} - {self.name})
-        raise TimeoutError(
-            f"no publisher on {topic} of {type} ({qos}) after {timeout_s:g} s: {there}. Nodes on domain "
-            f"{self.domain_id}: {', '.join(nodes) or 'none'}. Start the peer, or compare ROS_DOMAIN_ID and QoS"
+        wait_for_writer(
+            self, topic, type, qos, timeout_s, lambda: [self._node_of(key) for key in self._participants.alive()]
         )
 
     def on_qos_mismatch(self, callback: Callable[[str], None]) -> None:
@@ -414,18 +416,9 @@ class DdsBus:
                 subscription.alive = alive
                 if subscription.on_liveliness is not None:
                     self._stopper.call(subscription.on_liveliness, alive)
-            self._compare_types(subscription)
-
-    def _compare_types(self, mine: _Subscription) -> None:
-        """Say it when somebody offers another type: DDS itself says nothing."""
-        for writer in self.writers(mine.topic):
-            key = (mine.topic, writer.node, writer.type)
-            if writer.type != mine.type and key not in self._other_types:
-                self._other_types.add(key)
-                self._mismatch(
-                    f"type mismatch on {mine.topic}: {self.name} requests {mine.type}, {writer.node} offers "
-                    f"{writer.type}. Nothing flows between them"
-                )
+            type_hash, writers = _hash(subscription.type), self.writers(subscription.topic)
+            for text in self._types.look(subscription.topic, subscription.type, type_hash, writers):
+                self._mismatch(text)
 
     def _report(self, mine: Any, verb: str, others: List[Writer], other_verb: str, policy: int) -> None:
         theirs = "; ".join(f"{w.node} {other_verb} {w.qos}" for w in others if w.qos != mine.qos)
@@ -440,7 +433,10 @@ class DdsBus:
 
     def _endpoints(self, directory: "_Directory", topic: str) -> List[Writer]:
         found = [e for e in directory.alive().values() if e.topic_name == f"rt{topic}"]
-        return [Writer(self._node_of(e.participant_key), _ros_type(e.type_name), _from_dds_qos(e.qos)) for e in found]
+        return [
+            Writer(self._node_of(e.participant_key), _ros_type(e.type_name), _from_dds_qos(e.qos), _type_hash(e.qos))
+            for e in found
+        ]
 
 
 class _Directory:
@@ -459,6 +455,12 @@ class _Directory:
             else:
                 self._alive.pop(sample.key, None)
         return self._alive
+
+
+def _type_hash(qos: DdsQos) -> str:
+    data = next((policy.data for policy in qos if policy.__scope__ == "Userdata"), b"")
+    found = re.search(rb"typehash=(\w+)", data)
+    return found.group(1).decode() if found else ""
 
 
 def _ros_type(dds: str) -> str:
