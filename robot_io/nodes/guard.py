@@ -647,18 +647,26 @@ def run(
     """
     load_robot(embodiment)  # before anybody joins the graph
     config = GuardConfig(tick=1.0 / tick_hz, **limits)
-    with contextlib.suppress(PermissionError):  # real-time priority, as ros2_control asks for; not everybody may
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+    _take_priority()
     serve(GuardNode(open_bus(name="guard", **bus), config, embodiment, require_preflight=require_preflight))
 
 
-def ros2_guard() -> None:
-    """Run the guard as a ROS 2 lifecycle node (`ros2 run robot_io guard`); its knobs are node parameters."""
-    bus = open_bus("rclpy", "guard", int(os.environ.get("ROS_DOMAIN_ID", "0")))
+def from_parameters(bus: Bus) -> GuardNode:
+    """Make the guard of a ROS 2 node's parameters: `embodiment`, `tick_hz`, `require_preflight` and `GuardConfig`'s.
+
+    Raises:
+        ValueError: parameters that make no sense, or no embodiment.
+    """
     knobs = [f for f in dataclasses.fields(GuardConfig) if f.name != "tick" and f.default is dataclasses.MISSING]
     values = {field.name: bus.param(field.name, 0.0) for field in knobs}
     tick_hz, embodiment = bus.param("tick_hz", 0.0), bus.param("embodiment", "")
     if not tick_hz > 0 or not embodiment:
-        raise ValueError("guard: set its parameters (embodiment, tick_hz, ...), as launch/dita.launch.py does")
+        raise ValueError("set its parameters (embodiment, tick_hz, ...), as launch/dita.launch.py does")
     config = GuardConfig(tick=1.0 / tick_hz, **values)
-    serve(GuardNode(bus, config, embodiment, require_preflight=bus.param("require_preflight", True)))
+    _take_priority()
+    return GuardNode(bus, config, embodiment, require_preflight=bus.param("require_preflight", True))
+
+
+def _take_priority() -> None:
+    with contextlib.suppress(PermissionError):  # real-time priority, as ros2_control asks for; not everybody may
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
