@@ -2,8 +2,8 @@
 # pyright: reportAttributeAccessIssue=false
 """robosuite 1.5 (Zhu et al., arXiv 2009.12293): table-top tasks of several arms under its own torque controllers.
 
-Positions are in the arm's base frame, which stands 0.56 m from the table's middle and 0.112 m above its top. The tool is
-robosuite's grip site, between the finger tips. The embodiment says everything: `robosuite_<robot>_...` which arm, a
+Positions are in the arm's base frame, which stands 0.56 m from the table's middle and 0.112 m above its top. The tool
+is robosuite's grip site, between the finger tips. The embodiment says everything: `robosuite_<robot>_...` which arm, a
 `joint_position` action JOINT_POSITION control, an `ee_position` action OSC_POSE.
 """
 
@@ -307,11 +307,18 @@ class RobosuiteEnv(RobotEnv):
 
     def expert_action(self) -> Float32[np.ndarray, "a"]:
         """Return the action of the scripted expert: Lift has one."""
+        return self.expert_from(self._goal)
+
+    def expert_from(self, goal: Float64[np.ndarray, "m"]) -> Float32[np.ndarray, "a"]:
+        """Return the expert's action if the last goal is another one, such as a guard's, which is ahead of the arm."""
         expect_known("scripted expert", self.task, ("Lift",))
         position, turn = self._tool()
         origin, base = self._base()
         cube = self.data.body(self._env.cube_body_id)
-        at, facing = base.inv().apply(cube.xpos - origin), base.inv() * Rotation.from_quat(cube.xquat, scalar_first=True)
+        at, facing = (
+            base.inv().apply(cube.xpos - origin),
+            base.inv() * Rotation.from_quat(cube.xquat, scalar_first=True),
+        )
         held = self._env._check_grasp(self._gripper, self._env.cube)
         move, rotate, gripper = lift_expert(position, turn, at, facing, held)
         action = np.zeros(self.embodiment.action_dim)
@@ -319,27 +326,35 @@ class RobosuiteEnv(RobotEnv):
             if field.kind.startswith("gripper"):
                 action[here] = gripper
                 continue
-            goal = self._expert_goal(field, position, turn, move, rotate)
-            action[here] = goal
+            action[here] = self._expert_value(field, goal, position, turn, move, rotate)
         low, high = self.action_space.low, self.action_space.high
         return np.clip(action, low, high).astype(np.float32)
 
-    def _expert_goal(
-        self, field: FieldSpec, position: np.ndarray, turn: Rotation, move: np.ndarray, rotate: np.ndarray
+    def _expert_value(
+        self,
+        field: FieldSpec,
+        goal: np.ndarray,
+        position: np.ndarray,
+        turn: Rotation,
+        move: np.ndarray,
+        rotate: np.ndarray,
     ) -> Float64[np.ndarray, "d"]:
         """Return a field's value that leads from here by `move` [m] and `rotate` [rad], both in the base frame."""
-        goal = Rotation.from_rotvec(rotate) * turn
+        turned = Rotation.from_rotvec(rotate) * turn
         from_goal = field.reference == "commanded"
         if field.kind == "joint_position":
-            target = self.joints + damped_least_squares(self._jacobian(), np.concatenate([move, rotate]))
-            return target if field.mode == "absolute" else target - (self._goal if from_goal else self.joints)
+            target = self.joints + damped_least_squares(
+                self._jacobian(), 0.5 * np.concatenate([move, rotate])
+            )  # joints lag less
+            return target if field.mode == "absolute" else target - (goal if from_goal else self.joints)
         if field.kind == "ee_position":
             target = position + move
-            return target if field.mode == "absolute" else target - (self._goal[:3] if from_goal else position)
-        assert field.kind == "ee_rotation_axis_angle", field.kind
+            return target if field.mode == "absolute" else target - (goal[:3] if from_goal else position)
+        if field.kind != "ee_rotation_axis_angle":
+            raise ValueError(f"robosuite: action field {field.name}: {field.kind} has no expert")
         if field.mode == "absolute":
-            return goal.as_rotvec()
-        return (goal * (_rotation(self._goal[3:]) if from_goal else turn).inv()).as_rotvec()
+            return turned.as_rotvec()
+        return (turned * (_rotation(goal[3:]) if from_goal else turn).inv()).as_rotvec()
 
     def _jacobian(self) -> Float64[np.ndarray, "6 j"]:
         """Return the tool's velocity per joint velocity, in the base frame."""
