@@ -371,7 +371,10 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
     guard = {"tick_hz", "state_timeout", "stream_timeout", "hold_timeout", "max_skew", "clamp_margin"}
     values: Dict[str, Dict[str, Any]] = {
         "guard": {name: getattr(config, name) for name in guard},
-        "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
+        "twin": {
+            "env": asdict(config.env),
+            **{name: getattr(config, name) for name in ("command_timeout", "seed", "driver_hz", "inject", "expert")},
+        },
         "policy": {
             "checkpoint": config.checkpoint,
             "embodiment": config.env.embodiment,
