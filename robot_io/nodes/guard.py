@@ -33,6 +33,7 @@ from robot_io.nodes.topics import (
     DIAGNOSTICS,
     EXECUTED,
     GUARD_STATE,
+    POLICY_STATE,
     PREFLIGHT,
     SPEED,
     TAKEOVER,
@@ -183,6 +184,7 @@ class GuardNode:
                 self._subscribe(gripper, m.JOINT_TRAJECTORY, COMMAND, self._half(source, 1))
             bus.on_liveliness(motion, self._liveliness(source))
         self._subscribe(CONTRACT, m.STRING, LATCHED, lambda message: self.use(m.json_from_ros(message)))
+        self._subscribe(POLICY_STATE, m.STRING, LATCHED, self._on_policy_state)
         self._subscribe(PREFLIGHT, m.STRING, LATCHED, self._on_preflight)
         self._subscribe(driver.mode_topic, m.STRING, LATCHED, self._on_mode)
         self._subscribe(ARM, m.BOOL, STATE, self._on_arm)
@@ -570,6 +572,13 @@ class GuardNode:
                 self._show()
 
         return on_liveliness
+
+    def _on_policy_state(self, message: Any) -> None:
+        """React to what keeps the policy from acting: no observation, a failed prediction."""
+        values = m.json_from_ros(message)
+        if not values["ok"] and self.guard.active == "policy":
+            self.guard.on_problem(f"the policy: {values['reason']}", values["reaction"], self.bus.now())
+            self._show()
 
     def _on_takeover(self, message: Any) -> None:
         active = m.json_from_ros(message)["active"]
