@@ -23,6 +23,7 @@ from robot_io.nodes.topics import (
     DIAGNOSTICS,
     EXECUTED,
     GUARD_STATE,
+    HEARTBEAT,
     INSTRUCTION,
     POLICY_STATE,
     chunk_type,
@@ -31,6 +32,7 @@ from robot_io.nodes.topics import (
     joint_names,
 )
 
+HEARTBEAT_S = 0.03  # a third of the guard's shortest wait
 CHECK_S = 0.02  # how often silence is looked for
 CAMERA_FRAMES = 3  # that a camera may leave out, if that is longer than max_age
 HUNG_S = 1.0  # that an inference may take before it is told
@@ -130,6 +132,8 @@ class PolicyNode:
         self._contract.publish(
             m.json_to_ros(bus.msg, {"embodiment": dict(embodiment), "hash": contract_hash, "policy": about})
         )
+        heartbeat = bus.publisher(HEARTBEAT, m.STRING, STATE)
+        bus.timer(HEARTBEAT_S, lambda: heartbeat.publish(bus.msg(m.STRING, data="policy")))
         bus.timer(CHECK_S, self._check)
         bus.timer(1.0, self._diagnose)
         self._loop.start()
