@@ -110,8 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
         dita robot live checkpoint=outputs/train/demo out=outputs/live
         dita robot twin
         dita robot policy checkpoint=outputs/train/demo
-        dita robot guard""", True)  # fmt: skip
-    robot.add_argument("role", choices=["live", "twin", "policy", "guard"])
+        dita robot guard
+        dita robot preflight checkpoint=outputs/train/demo preflight.data=[data/demo.zarr]""", True)  # fmt: skip
+    robot.add_argument("role", choices=["live", "twin", "policy", "guard", "preflight"])
     _add_exist(robot)
     bench = verb("bench-policy", _bench_policy, "Time one control tick of a checkpoint: image in, chunk out.", """
         dita bench-policy outputs/train/demo

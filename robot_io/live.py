@@ -42,6 +42,7 @@ from robot_io.nodes.topics import (
 if TYPE_CHECKING:
     from dita.config import LiveConfig
 
+PROCESSES = ("guard", "policy", "twin")  # of `live`; the other nodes are started by an operator
 LAST_LINES = 12  # of a crashed child
 GAP_S = 0.05  # a longer pause in the command stream is a new stream
 QUEUE = 320  # of the judge: it must miss no command even if it is kept waiting for 2 s
@@ -385,6 +386,22 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
             "interval": config.replan_interval,
         },
     }
+    shared = (
+        "checkpoint",
+        "embodiment",
+        "seed",
+        "num_inference_steps",
+        "device",
+        "precision",
+        "path",
+        "slop",
+        "max_age",
+    )
+    values["preflight"] = {
+        **{name: values["policy"][name] for name in shared},
+        **{name: getattr(config, name) for name in ("state_timeout", "max_skew")},
+        **asdict(config.preflight),
+    }
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
 
 
@@ -394,6 +411,7 @@ def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
     return {
         name: [*python, name, json.dumps(arguments), "--with-parent"]
         for name, arguments in arguments_of(config).items()
+        if name in PROCESSES
     }
 
 

@@ -471,10 +471,15 @@ def test_gripper_direction_is_what_was_measured():
 
 
 def test_path_must_give_the_offline_observation_and_chunk():
-    assert p.path_item(0, 0.0, 9e-6, "").verdict == OK
-    assert p.path_item(0, 2e-5, 0.0, "").mistake == p.PATH
-    assert p.path_item(0, 0.0, float("nan"), "").mistake == p.PATH
-    assert p.path_item(0, 0.0, 0.0, "action out of range").verdict == WARNED
+    clean = [p.Passage(0.0, 9e-6), p.Passage(1e-6, 0.0)]
+    (item,) = p.path_items(clean)
+    assert item.verdict == OK and "2 training windows: observations differ by 1e-06, chunks by 9e-06" in item.text
+    assert p.path_items([]) == []
+    for wrong in (p.Passage(2e-5, 0.0), p.Passage(0.0, float("nan")), p.Passage(), p.Passage(0.0, 0.0, lost="nothing")):
+        (item,) = p.path_items([*clean, wrong])
+        assert (item.name, item.verdict, item.mistake) == ("path 2", FAILED, p.PATH)
+    (item,) = p.path_items([p.Passage(0.0, 0.0, "action out of range")])
+    assert item.verdict == WARNED and "action out of range" in item.text
 
 
 def test_report_passes_only_if_something_was_checked_and_nothing_failed():

@@ -138,7 +138,7 @@ def _differences(path: str, a: Any, b: Any) -> List[Tuple[str, Any, Any]]:
     if len(named) == 2:
         names = [[v["name"] for v in x] for x in named]
         if names[0] != names[1]:
-            return [(f"{path} names", *names)]
+            return [(f"{path} names", names[0], names[1])]
         return [d for x, y in zip(a, b, strict=True) for d in _differences(f"{path}.{x['name']}", x, y)]
     same = a == b or (isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and list(a) == list(b))
     return [] if same else [(path, a, b)]
@@ -260,7 +260,7 @@ def topic_items(heard: Heard) -> List[Item]:
     if len(heard.offers) > 1:
         nodes = ", ".join(node for node, _, _ in heard.offers)
         return [Item(name, FAILED, f"{topic} has several publishers: {nodes}; end all but one", WRITER)]
-    return [Item(name, OK, f"{len(heard.stamps)} messages of {there}")]
+    return [Item(name, OK, f"{there}: {len(heard.stamps)} messages")]
 
 
 def stamp_items(heard: Heard, max_age: float, max_skew: float) -> List[Item]:
@@ -404,6 +404,16 @@ def frozen_items(heard: Heard, state: np.ndarray) -> List[Item]:
     return [Item(name, SKIPPED, "the pictures do not change, and nothing moves: move the arm by hand to tell")]
 
 
+def instruction_item(heard: Optional[str], trained: Sequence[str]) -> Item:
+    """Compare the instruction with those of the training data; `trained` is empty where they are not known."""
+    name = "instruction"
+    if not heard:
+        return Item(name, WARNED, "no instruction is given yet: the policy will wait for one")
+    if trained and heard not in trained:
+        return Item(name, WARNED, f"{heard!r} is not among the training instructions seen: {', '.join(trained[:5])}")
+    return Item(name, OK, repr(heard))
+
+
 def writer_item(topic: str, others: Sequence[str]) -> Item:
     """Check that nobody but the guard writes commands."""
     if others:
@@ -454,6 +464,8 @@ def _state_item(f: Mapping[str, Any], stats: Mapping[str, Any], x: np.ndarray, s
     if out or off > SUSPICIOUS:
         found = _explanations(f, x, sample, spread, (low - margin, high + margin))
         better, mistake, why = min(found, default=(np.inf, "", ""))
+        if better < 0.4 * off and mistake == GRIPPER:
+            return Item(name, WARNED, f"{seen}, training had {_range(q01, q99)}: {why}")
         if better < 0.4 * off:
             return Item(name, FAILED, f"{seen}, training had {_range(q01, q99)}: {why}", mistake)
     if out:
@@ -493,6 +505,9 @@ def _explanations(
         if np.all((scaled >= limits[0]) & (scaled <= limits[1])):
             why = f"in {mistake}? this field is in {f['unit']}: convert in the driver"
             found.append((_distance(scaled, sample, spread), mistake, why))
+    if f["kind"].startswith("gripper_"):
+        why = "closed where training was open, or inverted? preflight.move=true tells"
+        found.append((_distance(np.array(f["low"]) + np.array(f["high"]) - x, sample, spread), GRIPPER, why))
     if f["kind"] == "joint_position":
         order, distance = best_order(x, sample, spread)
         moved = ", ".join(f"{i} is really {p}" for i, p in enumerate(order) if i != p)
@@ -619,19 +634,30 @@ def gripper_item(name: str, closed: float, opened: float) -> Item:
 # ---- what came through the whole path
 
 
-def path_item(index: int, observation: float, chunk: float, refused: str, tolerance: float = 1e-5) -> Item:
-    """Judge one training window that went over topics, through policy and guard.
+@dataclass(frozen=True)
+class Passage:
+    """What one training window came to: topics, sync, preprocessing, policy, chunk, guard."""
 
-    Args:
-        index: of the window.
-        observation: largest difference of the network's input to the offline one.
-        chunk: largest difference of the action chunk, as the guard read it, to the offline one [SI].
-        refused: why the guard did not take the chunk, or "".
-    """
-    name = f"path window {index}"
-    told = f"window {index}: observation differs by {observation:.2g}, chunk by {chunk:.2g} from offline"
-    if not (observation <= tolerance and chunk <= tolerance):  # NaN fails
-        return Item(name, FAILED, f"{told}, at most {tolerance:g}: topics, sync or preprocessing change it", PATH)
-    if refused:
-        return Item(name, WARNED, f"{told}, but the guard refused the chunk: {refused}")
-    return Item(name, OK, told)
+    observation: float = np.inf  # largest difference of the network's input to the offline one
+    chunk: float = np.inf  # largest difference of the actions, as the guard read them, to the offline ones [SI]
+    refused: str = ""  # what the guard had against the chunk
+    lost: str = ""  # why nothing came through
+
+
+def path_items(passages: Sequence[Passage], tolerance: float = 1e-5) -> List[Item]:
+    """Judge training windows that went the whole way: identical up to `tolerance`, and executable."""
+    items = []
+    for i, p in enumerate(passages):
+        told = f"window {i}: observation differs by {p.observation:.2g}, chunk by {p.chunk:.2g} from offline"
+        if p.lost:
+            items.append(Item(f"path {i}", FAILED, f"window {i}: {p.lost}", PATH))
+        elif not (p.observation <= tolerance and p.chunk <= tolerance):  # NaN fails
+            text = f"{told}, at most {tolerance:g}: topics, sync or preprocessing change it"
+            items.append(Item(f"path {i}", FAILED, text, PATH))
+        elif p.refused:
+            items.append(Item(f"path {i}", WARNED, f"{told}, but the guard would not execute all of it: {p.refused}"))
+    if items or not passages:
+        return items
+    worst = max(p.observation for p in passages), max(p.chunk for p in passages)
+    text = f"{len(passages)} training windows: observations differ by {worst[0]:.2g}, chunks by {worst[1]:.2g}"
+    return [Item("path", OK, f"{text} from offline, and the guard executes them")]

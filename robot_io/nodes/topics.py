@@ -17,6 +17,7 @@ ARM = "/dita/arm"  # operator -> guard
 GUARD_STATE = "/dita/state"  # guard -> all
 EPISODE = "/dita/episode"  # operator -> twin: reset
 EPISODE_STATE = "/dita/episode_state"  # twin -> operator
+PREFLIGHT = "/dita/preflight"  # preflight -> guard, latched: the verdict
 DIAGNOSTICS = "/diagnostics"
 
 BASE_FRAME = "base_link"
