@@ -454,6 +454,13 @@ def test_pictures_of_another_world_and_without_colour_are_warnings():
     assert all(i.verdict == WARNED and "too grey" in i.text for i in items)
 
 
+def test_camera_without_pictures_is_skipped_by_name():
+    reference = pictures(0, 6)
+    assert verdicts(p.image_items({}, reference)) == {f"picture {c}": (SKIPPED, "") for c in ("front", "wrist")}
+    one = p.image_items({"wrist": reference["wrist"]}, reference)
+    assert verdicts(one) == {"picture front": (SKIPPED, ""), "picture wrist": (OK, "")}
+
+
 def test_pooling_keeps_mean_colours_of_any_size():
     image = np.zeros((1, 97, 131, 3), np.uint8)
     image[..., 0] = 200

@@ -575,6 +575,9 @@ def image_items(live: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarr
         reference: by camera, uint8 [k h w 3], starts of episodes among them.
     """
     cameras = [c for c in reference if c in live and len(live[c])]
+    lacking = [Item(f"picture {c}", SKIPPED, f"{c}: no picture to compare") for c in reference if c not in cameras]
+    if not cameras:
+        return lacking
     seen = {c: pooled(live[c]) for c in cameras}
     known = {c: pooled(reference[c]) for c in cameras}
     cost = np.array([[_unlike(seen[a], known[b]) for a in cameras] for b in cameras]).reshape(len(cameras), -1)
@@ -583,7 +586,7 @@ def image_items(live: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarr
         best, total = assign(cost)
         if best != order and total < 0.7 * np.trace(cost) and np.trace(cost) - total > GREY:
             order = best
-    items = []
+    items = lacking
     for i, camera in enumerate(cameras):
         name, shown = f"picture {camera}", cameras[order[i]]
         if order[i] != i:
