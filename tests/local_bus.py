@@ -1,7 +1,8 @@
 """A bus inside one process, with a clock that only the test moves: nodes run at once and the same way every time."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, Callable
+from typing import Any
 
 from robot_io.bus_dds import message
 

@@ -83,7 +83,7 @@ class Faults:
         self.streams[topic] = Stream(topic, type, publisher)
         return _Faulty(self, self.streams[topic])
 
-    def begin(self, name: str, **arguments: Any) -> None:
+    def begin(self, name: Any, **arguments: Any) -> None:
         """Begin a fault, or begin it anew with other arguments.
 
         Raises:
