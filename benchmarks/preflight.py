@@ -396,21 +396,21 @@ def page(result: dict[str, Any]) -> str:
 
 TEXT = """# Which mistakes preflight names
 
-`make evidence-preflight`; {trials} trials a row, each at another start (seeds from 500000) and with its own random fault.
+`make evidence-preflight`; {trials} trials a row, each at another start (seeds from 500000), with its own random fault.
 
-The arm is Meta-World's Sawyer behind the twin's topics, with its seven joints measured and two cameras. Training data are
-{demonstrations} scripted demonstrations of each of two tasks (seeds from 0). Two seconds of each start are recorded as the
-twin sends them, and heard again through the twin's injected faults, with a random way of each message of 0.6 ms and
-3 ms more on average. The checklist is the one of `dita robot preflight` without replay; the gripper rows close and open the
+The arm is Meta-World's Sawyer behind the twin's topics, with its seven joints measured and two cameras. Training data
+are {demonstrations} scripted demonstrations of each of two tasks (seeds from 0). Two seconds of each start are recorded
+as the twin sends them, and heard again through the twin's injected faults, each message 0.6 ms and, on average, 3 ms
+more on its way. The checklist is the one of `dita robot preflight` without replay; the gripper rows close and open the
 gripper of the simulated arm. Ranges are Wilson's 95 % intervals.
 
 | what was done | named rightly | false alarms | not passed | with a warning | also named |
 |---|---|---|---|---|---|
 {table}
 
-"Named rightly" asks for the mistake's own name among those that failed an item; "not passed" asks only that the arm may not
-be armed. Where joints stand alike at the start, exchanging them changes nothing that could be measured, and no check at
-rest can see it. What was missed is listed in `preflight.json` beside this page.
+"Named rightly" asks for the mistake's own name among those that failed an item; "not passed" asks only that the arm
+may not be armed. Where joints stand alike at the start, exchanging them changes nothing that could be measured, and no
+check at rest can see it. What was missed is listed in `preflight.json` beside this page.
 """
 
 

@@ -338,6 +338,7 @@ class LiveConfig:
     path: Literal["auto", "graph", "compiled", "eager"]  # auto: CUDA graphs on a GPU; falls back, and says why
     start_timeout: float  # until every process has joined
     episode_timeout: float  # until an episode is over
+    require_preflight: bool  # guard: refuse to arm until preflight passed; --i-know turns it off
     preflight: PreflightConfig
 
     def __post_init__(self) -> None:

@@ -369,9 +369,15 @@ def _play_one(operator: Operator, config: "LiveConfig") -> Dict[str, Any]:
 
 def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
     """Return the arguments of each node's entry in `robot_io.nodes`."""
+    from dita.embodiment import embodiment_file
+
     guard = {"tick_hz", "state_timeout", "stream_timeout", "hold_timeout", "max_skew", "clamp_margin"}
     values: Dict[str, Dict[str, Any]] = {
-        "guard": {name: getattr(config, name) for name in guard},
+        "guard": {
+            "embodiment": str(embodiment_file(config.env.embodiment)),
+            "require_preflight": config.require_preflight,
+            **{name: getattr(config, name) for name in guard},
+        },
         "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
         "policy": {
             "checkpoint": config.checkpoint,
@@ -386,31 +392,21 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
             "interval": config.replan_interval,
         },
     }
-    shared = (
-        "checkpoint",
-        "embodiment",
-        "seed",
-        "num_inference_steps",
-        "device",
-        "precision",
-        "path",
-        "slop",
-        "max_age",
-    )
+    shared = set(values["policy"]) - {"interval"}
     values["preflight"] = {
         **{name: values["policy"][name] for name in shared},
-        **{name: getattr(config, name) for name in ("state_timeout", "max_skew")},
+        **{name: getattr(config, name) for name in ("state_timeout", "max_skew", "tick_hz", "clamp_margin")},
         **asdict(config.preflight),
     }
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
 
 
 def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
-    """Return the command line of each process."""
+    """Return the command line of each process of `live`, whose arm is simulated: it needs no preflight."""
     python = [sys.executable, "-m", "robot_io.nodes"]
     return {
         name: [*python, name, json.dumps(arguments), "--with-parent"]
-        for name, arguments in arguments_of(config).items()
+        for name, arguments in arguments_of(replace(config, require_preflight=False)).items()
         if name in PROCESSES
     }
 

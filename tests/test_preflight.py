@@ -321,8 +321,11 @@ def test_joint_names_missing_extra_and_changing():
     (item,) = p.joint_name_items(joint_stream(less), NAMES)
     assert item.mistake == p.JOINT_NAMES and "missing joints_0" in item.text and "joints_1, joints_2" in item.text
     more = [{**clean[0], "wheel": 0.0}] * 6
-    (item,) = p.joint_name_items(joint_stream(more), NAMES)
+    (item,) = p.joint_name_items(joint_stream(more), NAMES, strict=False)
     assert item.verdict == WARNED and "wheel is not used" in item.text
+    (item,) = p.joint_name_items(joint_stream(more), NAMES)
+    assert item.mistake == p.JOINT_NAMES and "refuses others: wheel" in item.text
+    assert [i.verdict for i in p.joint_name_items(joint_stream(more), NAMES, ["wheel"])] == [OK]
     (item,) = p.joint_name_items(joint_stream([*clean, *more]), NAMES)
     assert item.mistake == p.JOINT_NAMES and "change" in item.text
 

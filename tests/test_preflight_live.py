@@ -273,13 +273,13 @@ def test_sample_is_the_same_after_writing_and_reading(world, tmp_path):
 def test_live_starts_neither_preflight_nor_anything_else_that_an_operator_starts(world, tmp_path):
     values = yaml.safe_load((config_folder() / "robot.yaml").read_text())
     del values["defaults"]
-    env = {"suite": "none", "embodiment": "x", "tasks": ("x",), "max_steps": 1, "fast_render": True}
+    env = {"suite": "none", "embodiment": "metaworld_sawyer", "tasks": ("x",), "max_steps": 1, "fast_render": True}
     assert set(commands_of(from_dict(LiveConfig, {**values, "env": env}, "robot"))) == {"guard", "policy", "twin"}
 
 
 def test_saving_a_sample_needs_stores(world, tmp_path):
     values = yaml.safe_load((config_folder() / "robot.yaml").read_text())
-    env = {"suite": "none", "embodiment": "x", "tasks": ("x",), "max_steps": 1, "fast_render": True}
+    env = {"suite": "none", "embodiment": "metaworld_sawyer", "tasks": ("x",), "max_steps": 1, "fast_render": True}
     del values["defaults"]
     values["preflight"]["save"] = True
     with pytest.raises(ValueError, match="name its stores"):

@@ -30,7 +30,14 @@ pytestmark = pytest.mark.live
 def config(tmp_path, domain_id, **changes):
     values = yaml.safe_load((HERE.parent / "configs" / "robot.yaml").read_text())
     del values["defaults"]
-    env = {"suite": "fake", "embodiment": "point", "tasks": ("go",), "max_steps": 400, "fast_render": True}
+    (tmp_path / "point.yaml").write_text(json.dumps(EMBODIMENT))
+    env = {
+        "suite": "fake",
+        "embodiment": str(tmp_path / "point.yaml"),
+        "tasks": ("go",),
+        "max_steps": 400,
+        "fast_render": True,
+    }
     values.update(checkpoint="none", out=str(tmp_path / "out"), env=env, domain_id=domain_id, start_timeout=30.0)
     return from_dict(LiveConfig, {**values, **changes}, "robot")
 

@@ -351,8 +351,16 @@ def spread_item(cameras: Sequence[Heard], states: Sequence[Heard], slop: float) 
     return Item(name, OK, text)
 
 
-def joint_name_items(heard: Heard, expected: Sequence[str]) -> List[Item]:
-    """Compare the names in the joint states with those that the robot's file gives."""
+def joint_name_items(
+    heard: Heard, expected: Sequence[str], known: Sequence[str] = (), strict: bool = True
+) -> List[Item]:
+    """Compare the names in the joint states with those that the robot's file gives.
+
+    Args:
+        expected: names that must be there.
+        known: further names that may be there.
+        strict: whether other names are refused, as the guard of a joint-commanded arm does, or only told.
+    """
     if not heard.values:
         return []
     name, topic = f"names {heard.topic}", heard.topic
@@ -361,10 +369,12 @@ def joint_name_items(heard: Heard, expected: Sequence[str]) -> List[Item]:
         shown = " then ".join(str(list(s)) for s in sorted(sets))
         return [Item(name, FAILED, f"{topic}: the names change while listening: {shown}", JOINT_NAMES)]
     there = list(heard.values[0])
-    missing, extra = [n for n in expected if n not in there], [n for n in there if n not in expected]
+    missing, extra = [n for n in expected if n not in there], [n for n in there if n not in (*expected, *known)]
     both = f"{topic} has {', '.join(there)}; the embodiment needs {', '.join(expected)}"
     if missing:
         return [Item(name, FAILED, f"{both}: missing {', '.join(missing)}", JOINT_NAMES)]
+    if extra and strict:
+        return [Item(name, FAILED, f"{both}: the guard refuses others: {', '.join(extra)}", JOINT_NAMES)]
     if extra:
         return [Item(name, WARNED, f"{both}: {', '.join(extra)} is not used")]
     return [Item(name, OK, f"{len(there)} joints, matched by name")]

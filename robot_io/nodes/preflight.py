@@ -7,34 +7,32 @@ import contextlib
 import json
 import os
 import tempfile
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from robot_io import messages as m
 from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, Bus, Qos, open_bus
 from robot_io.core import preflight as checks
-from robot_io.core.limits import Robot, parse_robot
+from robot_io.core.guard import GuardConfig
+from robot_io.core.limits import Field, Robot, parse_robot
 from robot_io.core.preflight import FAILED, LIMITS, OK, SKIPPED, WARNED, Heard, Item, Passage, Report
+from robot_io.core.space import exponential, logarithm, quaternion_of_6d, rotate
+from robot_io.nodes.guard import GuardNode, load_robot
 from robot_io.nodes.topics import (
+    ARM,
     BASE_FRAME,
-    CHUNK,
-    CHUNK_GRIPPER,
     CONTRACT,
-    GRIPPER,
     GUARD_STATE,
     INSTRUCTION,
-    JOINTS,
     PREFLIGHT,
-    TARGET_POSE,
-    TOOL_POSE,
     gripper_quantity,
     image_topic,
-    is_tool,
     joint_names,
 )
 
@@ -44,7 +42,9 @@ ROWS = 512  # of state and action, to compare statistics with
 PICTURE_BYTES = 64 * 2**20  # kept per camera
 SETTLE_S = 1.0  # until endpoints have found each other
 LINGER_S = 2.0  # so that a latched verdict reaches a guard that is there
-PATH_WAIT_S = 20.0  # for one window to come through; a first inference warms up
+PATH_WAIT_S = 10.0  # for one window to come through; a first inference warms up
+TRIES = 3
+SAME_S = 1e-6  # what a stamp of today as float64 is good for, with a margin
 GRIPPER_S = 1.5  # for a gripper to close or open
 COLOURS = {OK: "green", FAILED: "bold red", WARNED: "yellow", SKIPPED: "dim"}
 
@@ -180,11 +180,13 @@ class Listener:
         for camera, heard in self.cameras.items():
             height, width = sizes[camera]
             heard.values = deque(maxlen=max(8, PICTURE_BYTES // (3 * height * width)))  # pyright: ignore
-        self.states: Dict[str, Heard] = {}
-        if any(is_tool(f) for f in robot.state):
-            self.states[TOOL_POSE] = self._hear(TOOL_POSE, m.POSE, STATE, lambda x: m.pose_from_ros(x)[0])
-        if any(not is_tool(f) for f in robot.state):
-            self.states[JOINTS] = self._hear(JOINTS, m.JOINT_STATE, STATE, m.joints_from_ros)
+        self.pose: Optional[Heard] = None
+        self.joints: Optional[Heard] = None
+        joint_space = robot.space.name == "joint"  # then the guard needs the arm's joints, or else its pose
+        if not joint_space or any(of_tool(f) for f in robot.state):
+            self.pose = self._hear(robot.driver.pose_topic, m.POSE, STATE, m.pose_from_ros)
+        if joint_space or any(not of_tool(f) for f in robot.state):
+            self.joints = self._hear(robot.driver.joints_topic, m.JOINT_STATE, STATE, m.joints_from_ros)
         bus.subscribe(CONTRACT, m.STRING, LATCHED, self._on_contract)
         bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_guard)
         bus.subscribe(INSTRUCTION, m.STRING, LATCHED, self._on_instruction)
@@ -215,9 +217,14 @@ class Listener:
         self.instruction = message.data
 
     @property
+    def states(self) -> List[Heard]:
+        """Return the streams of measured state."""
+        return [heard for heard in (self.pose, self.joints) if heard is not None]
+
+    @property
     def heard(self) -> List[Heard]:
         """Return every stream."""
-        return [*self.cameras.values(), *self.states.values()]
+        return [*self.cameras.values(), *self.states]
 
     def clear(self) -> None:
         """Forget what was heard so far."""
@@ -236,41 +243,74 @@ class Listener:
 
     def state(self) -> np.ndarray:
         """Return the state vectors heard, [n s], each pose with the nearest joint state; empty where a part lacks."""
-        streams = list(self.states.values())
-        if any(not h.values for h in streams) or not streams:
-            return np.zeros((0, sum(f.size for f in self.robot.state)))
-        pace = streams[0]
-        rows = []
-        for i, stamp in enumerate(pace.stamps):
-            values = {pace.topic: pace.values[i]}
-            for other in streams[1:]:
-                values[other.topic] = other.values[int(np.argmin(np.abs(np.array(other.stamps) - stamp)))]
-            row = state_of(self.robot, values)
-            if row is None:
-                return np.zeros((0, sum(f.size for f in self.robot.state)))
-            rows.append(row)
+        none = np.zeros((0, sum(f.size for f in self.robot.state)))
+        if not self.states or any(not heard.values for heard in self.states):
+            return none
+        pace, rows = self.states[0], []
+        stamps = [np.array(heard.stamps) for heard in self.states]
+        for stamp in pace.stamps:
+            nearest = [h.values[int(np.argmin(np.abs(t - stamp)))] for h, t in zip(self.states, stamps, strict=True)]
+            pose = nearest[0] if self.pose is not None else None
+            try:
+                rows.append(state_of(self.robot, pose, nearest[-1] if self.joints is not None else {}))
+            except KeyError:  # a joint is missing: said by name elsewhere
+                return none
         return np.stack(rows)
 
 
-def state_of(robot: Robot, values: Mapping[str, Any]) -> Optional[np.ndarray]:
-    """Return the state vector of one instant, as the policy node makes it; None where a joint is missing."""
+def of_tool(field: Field) -> bool:
+    """Return whether a state field travels as the tool's pose."""
+    return field.kind.startswith("ee_")
+
+
+def names_of(robot: Robot, field: Field) -> List[str]:
+    """Return the names under which a state field travels in joint states."""
+    if field.kind == "joint_position" and len(robot.driver.joints) == field.size:
+        return list(robot.driver.joints)
+    return joint_names(field)
+
+
+def state_of(robot: Robot, pose: Any, joints: Mapping[str, float]) -> np.ndarray:
+    """Return the state vector of one instant, as the policy node makes it; KeyError where a joint is missing.
+
+    Args:
+        pose: of the tool: position and quaternion wxyz.
+    """
     parts = []
     for f in robot.state:
-        if is_tool(f):
-            parts.append(values[TOOL_POSE])
+        if f.kind == "ee_position":
+            parts.append(pose[0])
+        elif f.kind == "ee_rotation_6d":  # the first two columns of the matrix
+            parts.append(np.concatenate([rotate(pose[1], axis) for axis in np.eye(3)[:2]]))
+        elif of_tool(f):
+            parts.append(logarithm(pose[1]))
         else:
-            names = joint_names(f)
-            if any(n not in values[JOINTS] for n in names):
-                return None
-            parts.append(np.array([values[JOINTS][n] for n in names]))
+            parts.append(np.array([joints[name] for name in names_of(robot, f)]))
     return np.concatenate(parts)
+
+
+def wire_of(robot: Robot, state: np.ndarray) -> Tuple[np.ndarray, np.ndarray, Dict[str, float]]:
+    """Return what a state travels as: tool position, quaternion wxyz, joints by name; inverts `state_of`."""
+    position, quaternion, joints, start = np.zeros(3), np.array(m.IDENTITY), {}, 0
+    for f in robot.state:
+        values = np.asarray(state[start : start + f.size], float)
+        start += f.size
+        if f.kind == "ee_position":
+            position = values
+        elif f.kind == "ee_rotation_6d":
+            quaternion = quaternion_of_6d(values)
+        elif of_tool(f):
+            quaternion = exponential(values)
+        else:
+            joints.update(zip(names_of(robot, f), values.tolist(), strict=True))
+    return position, quaternion, joints
 
 
 def heard_items(
     listener: Listener, spec: Mapping[str, Any], *, slop: float, max_age: float, state_timeout: float, max_skew: float
 ) -> List[Item]:
     """Judge the streams: presence, type and QoS, rates, stamps, spread, names, sizes, frozen content."""
-    cameras, states = list(listener.cameras.values()), list(listener.states.values())
+    cameras, states = list(listener.cameras.values()), listener.states
     items = [item for heard in (*cameras, *states) for item in checks.topic_items(heard)]
     state = listener.state()
     for camera, heard in zip(spec["cameras"], cameras, strict=True):
@@ -283,9 +323,12 @@ def heard_items(
         if heard.stamps:
             items += checks.stamp_items(heard, state_timeout, max_skew)
             items.append(checks.state_rate_item(heard, spec["control_hz"]))
-    if JOINTS in listener.states:
-        names = [n for f in listener.robot.state if not is_tool(f) for n in joint_names(f)]
-        items += checks.joint_name_items(listener.states[JOINTS], names)
+    if listener.joints is not None:
+        robot = listener.robot
+        names = [*robot.driver.joints, *(n for f in robot.state if not of_tool(f) for n in names_of(robot, f))]
+        known = [*names, *robot.driver.gripper_names]
+        strict = robot.space.name == "joint"  # then the guard refuses joints that it does not know
+        items += checks.joint_name_items(listener.joints, list(dict.fromkeys(names)), known, strict)
     if cameras:
         items.append(checks.spread_item(cameras, states, slop))
     return items
@@ -328,35 +371,45 @@ class Noted:
 
 
 class Replay:
-    """Training frames over real topics, on a domain where no arm listens: arm, policy and the guard's end of it."""
+    """Training frames over real topics, through policy and guard nodes, on a domain where no arm listens."""
 
-    def __init__(self, model: Any, embodiment: str, bus: Mapping[str, Any], **options: Any) -> None:
+    def __init__(self, model: Any, name: str, file: Any, bus: Mapping[str, Any], **options: Any) -> None:
         """Join the domain.
 
         Args:
             model: a DitaPolicy.
+            name: of the embodiment.
+            file: this robot's own embodiment file, with limits.
             bus: arguments of `open_bus`, with a domain of its own.
-            options: num_inference_steps and path of the session; slop of the policy node [s].
+            options: num_inference_steps and path of the session; slop; tick_hz, max_skew, clamp_margin of the guard.
         """
         from dita.embodiment import embodiment_to_dict
         from dita.policy.fast import PolicySession
         from dita.types import RawObservation
         from robot_io.nodes.policy import PolicyNode
 
-        self.model, self.embodiment, self.spec = model, embodiment, model.specs[embodiment]
-        self.steps = options["num_inference_steps"]
-        values = embodiment_to_dict(self.spec)
-        self.robot = parse_robot(values)
-        self.arm, self.guard = open_bus(name="replay_arm", **bus), open_bus(name="replay_guard", **bus)
-        self.policy_bus = open_bus(name="replay_policy", **bus)
-        self.noted = Noted(
-            PolicySession(model, embodiment=embodiment, num_inference_steps=self.steps, path=options["path"])
-        )
+        self.model, self.name, self.steps = model, name, options["num_inference_steps"]
+        self.spec = model.specs[self.name]
+        self.policy_bus, self.guard_bus = open_bus(name="replay_policy", **bus), open_bus(name="replay_guard", **bus)
+        self.arm = open_bus(name="replay_arm", **bus)
+        session = PolicySession(model, embodiment=name, num_inference_steps=self.steps, path=options["path"])
+        self.noted = Noted(session)
+        patient = {"state_timeout": PATH_WAIT_S, "stream_timeout": PATH_WAIT_S, "hold_timeout": PATH_WAIT_S}
+        config = GuardConfig(1 / options["tick_hz"], **patient, **{k: options[k] for k in ("max_skew", "clamp_margin")})
+        self.guard = GuardNode(self.guard_bus, config, file, require_preflight=False)
+        self.robot = self.guard.robot
+        self._take, self.guard.guard.on_chunk = self.guard.guard.on_chunk, self._on_chunk
+        self._chunks: List[Tuple[Any, Optional[str]]] = []  # as the guard read them, and what it had against them
+        self._images = {c: self.arm.publisher(image_topic(c), m.IMAGE, SENSOR) for c in self.robot.cameras}
+        self._pose = self.arm.publisher(self.robot.driver.pose_topic, m.POSE, STATE)
+        self._joints = self.arm.publisher(self.robot.driver.joints_topic, m.JOINT_STATE, STATE)
+        self._words = self.arm.publisher(INSTRUCTION, m.STRING, LATCHED)
+        self._arm = self.arm.publisher(ARM, m.BOOL, STATE)
         self.policy = PolicyNode(
             self.policy_bus,
             self.noted,
-            values,
-            model.contract.hash_of(embodiment),
+            embodiment_to_dict(self.spec),
+            model.contract.hash_of(self.name),
             RawObservation,
             n_obs_steps=model.config.n_obs_steps,
             seed=0,
@@ -364,92 +417,92 @@ class Replay:
             max_age=PATH_WAIT_S,  # ages are judged where the arm is
             interval=0.0,
         )
-        self._images = {c: self.arm.publisher(image_topic(c), m.IMAGE, SENSOR) for c in self.robot.cameras}
-        self._pose = self.arm.publisher(TOOL_POSE, m.POSE, STATE)
-        self._joints = self.arm.publisher(JOINTS, m.JOINT_STATE, STATE)
-        self._words = self.arm.publisher(INSTRUCTION, m.STRING, LATCHED)
-        self._state = self.guard.publisher(GUARD_STATE, m.STRING, LATCHED)
-        self._motion: Dict[float, Any] = {}
-        self._closing: Dict[float, Any] = {}
-        self.guard.subscribe(
-            CHUNK, m.CARTESIAN_TRAJECTORY, COMMAND, lambda x: self._motion.__setitem__(m.stamp_of(x), x)
-        )
-        self.guard.subscribe(
-            CHUNK_GRIPPER, m.JOINT_TRAJECTORY, COMMAND, lambda x: self._closing.__setitem__(m.stamp_of(x), x)
-        )
-        self._last = 0.0  # newest stamp sent
+        self._ticking = threading.Thread(target=self.guard_bus.spin, name="guard", daemon=True)
+        self._ticking.start()
         self._spin(SETTLE_S)
 
     def close(self) -> None:
         """Leave the domain; raises what inference raised."""
         self.arm.close()
+        self.guard_bus.shutdown()
+        self._ticking.join()
         self.guard.close()
         self.policy.stop()
         self.policy.close()
+
+    def _on_chunk(self, chunk: Any, now: float) -> Optional[str]:
+        problem = self._take(chunk, now)
+        self._chunks.append((chunk, problem))
+        return problem
 
     def _spin(self, seconds: float) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             self.policy_bus.spin(0.005)
-            self.guard.spin(0.002)
+
+    def _until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while not condition() and time.monotonic() < end:
+            self._spin(0.005)
+        return condition()
 
     def window(self, window: Sequence[Any]) -> Passage:
-        """Send one window through and compare what came out."""
-        for state in ("IDLE", "ARMED"):  # arming again clears the history
-            self._state.publish(m.json_to_ros(self.guard.msg, {"state": state, "reason": "", "refused": ""}))
-            self._spin(0.05)
+        """Send one window through and compare what came out; a machine that is busy gets three tries."""
         self._words.publish(self.arm.msg(m.STRING, data=window[-1].instruction))
-        self._spin(0.05)
-        end = time.monotonic() + PATH_WAIT_S
-        while time.monotonic() < end:
-            stamps = self._send(window)
-            again = time.monotonic() + 0.25 * PATH_WAIT_S
-            while time.monotonic() < min(again, end):
-                self._spin(0.02)
-                if self.policy.error is not None:
-                    return Passage(lost=f"inference failed: {self.policy.error}")
-                found = [call for call in self.noted.calls if self._is(call[0], stamps)]
-                if found and self._whole(found[0][2].stamp):
-                    return self._compare(window, *found[0][:2])
-        return Passage(lost=f"nothing came through within {PATH_WAIT_S:g} s")
+        passage = Passage()
+        for _ in range(TRIES):
+            passage = self._try(window)
+            if not passage.lost and not passage.refused:
+                break
+        return passage
 
-    def _send(self, window: Sequence[Any]) -> List[float]:
-        """Publish a window's frames as if they were taken until now; return their stamps."""
-        span = (len(window) - 1) * self.spec.obs_dt
-        self._spin(max(0.0, self._last + span + 0.05 - self.arm.now()))  # stamps must rise
-        newest = round(self.arm.now() - 0.01, 6)
-        stamps = [newest - (len(window) - 1 - i) * self.spec.obs_dt for i in range(len(window))]
-        for stamp, frame in zip(stamps, window, strict=True):
-            self._send_state(stamp, frame.state)
+    def _try(self, window: Sequence[Any]) -> Passage:
+        self._arm.publish(self.arm.msg(m.BOOL, data=False))
+        self._until(lambda: self.guard.guard.state == "IDLE" and not self.guard.guard.tracker.moving, 5.0)
+        self._chunks.clear()
+        self.noted.calls.clear()
+        for _ in range(3):
+            self._send_state(self.arm.now(), window[0].state)
             self._spin(0.02)
+        self._arm.publish(self.arm.msg(m.BOOL, data=True))
+        if not self._until(lambda: self.guard.guard.state in ("ARMED", "HOLDING"), 2.0):
+            return Passage(lost=f"the guard refused to arm at a training pose: {self.guard.refused or 'no answer'}")
+        self._spin(0.05)  # until the policy has heard of it
+        last = self._send(window)
+        came = self._until(
+            lambda: self._found(len(window), last) is not None or self.policy.error is not None, PATH_WAIT_S
+        )
+        if self.policy.error is not None:
+            return Passage(lost=f"inference failed: {self.policy.error}")
+        if not came:
+            return Passage(lost=f"nothing came through within {PATH_WAIT_S:g} s")
+        return self._compare(window, *self._found(len(window), last))
+
+    def _send(self, window: Sequence[Any]) -> float:
+        """Publish a window's frames at the camera's pace; return the last stamp."""
+        begin, stamp = self.arm.now() + 0.02, 0.0
+        for i, frame in enumerate(window):
+            stamp = round(begin + i * self.spec.obs_dt, 6)
+            self._spin(max(0.0, stamp - self.arm.now()))
+            self._send_state(stamp, frame.state)
+            self._spin(0.01)  # an image is paired with the state that is there by then
             for camera, publisher in self._images.items():
                 publisher.publish(m.image_to_ros(self.arm.msg, stamp, frame.images[camera], camera))
-            self._spin(0.02)
-        self._last = newest
-        return stamps
+        return stamp
 
     def _send_state(self, stamp: float, state: np.ndarray) -> None:
-        joints: Dict[str, float] = {}
-        start = 0
-        for f in self.robot.state:
-            values = np.asarray(state[start : start + f.size], float)
-            start += f.size
-            if is_tool(f):
-                self._pose.publish(m.pose_to_ros(self.arm.msg, stamp, values, BASE_FRAME))
-            else:
-                joints.update(zip(joint_names(f), values.tolist(), strict=True))
-        if joints:
-            self._joints.publish(m.joints_to_ros(self.arm.msg, stamp, joints))
+        position, quaternion, joints = wire_of(self.robot, state)
+        self._pose.publish(m.pose_to_ros(self.arm.msg, stamp, position, BASE_FRAME, quaternion))
+        self._joints.publish(m.joints_to_ros(self.arm.msg, stamp, joints))
 
-    def _is(self, history: Sequence[Any], stamps: Sequence[float]) -> bool:
-        return len(history) == len(stamps) and abs(history[-1].stamp - stamps[-1]) < 1e-6
+    def _found(self, frames: int, stamp: float) -> Any:
+        """Return (history, seed, chunk, what the guard had against it) of the whole window, once they are there."""
+        calls = [c for c in self.noted.calls if len(c[0]) == frames and abs(c[0][-1].stamp - stamp) < SAME_S]
+        chunks = [c for c in self._chunks if abs(c[0].stamp - stamp) < SAME_S]
+        return (*calls[0][:2], *chunks[0]) if calls and chunks else None
 
-    def _whole(self, stamp: float) -> bool:
-        key = _near(self._motion, stamp)
-        return key is not None and (self.robot.gripper is None or _near(self._closing, stamp) is not None)
-
-    def _compare(self, window: Sequence[Any], history: Sequence[Any], seed: int) -> Passage:
-        model, name = self.model, self.embodiment
+    def _compare(self, window: Sequence[Any], history: Sequence[Any], seed: int, chunk: Any, problem: Any) -> Passage:
+        model, name, robot = self.model, self.name, self.robot
         offline = model.predict(window, seed=seed, embodiment=name, num_inference_steps=self.steps)
         seen, meant = (model.preprocessor.observe([model.preprocessor.window(w, name)]) for w in (history, window))
         observation = max(
@@ -457,20 +510,11 @@ class Replay:
             for part in ("images", "image_valid", "state", "state_valid", "language", "language_valid", "embodiment")
             if getattr(seen, part).numel()
         )
-        stamp = history[-1].stamp
-        motion = self._motion[_near(self._motion, stamp)]
-        robot = self.robot
-        _, values = m.cartesian_chunk_from_ros(motion, robot.motion.mode == "delta")
-        apart = np.abs(values - offline.values[:, robot.action_slice(robot.motion)])
+        apart = [np.abs(chunk.motion - robot.motion_of(np.asarray(offline.values, float))).max()]
         if robot.gripper is not None:
-            closing = self._closing[_near(self._closing, stamp)]
-            _, grip = m.joint_chunk_from_ros(closing, gripper_quantity(robot.gripper))
-            apart = np.hstack([apart, np.abs(grip - offline.values[:, robot.action_slice(robot.gripper)])])
-        return Passage(observation, float(apart.max()))
-
-
-def _near(messages: Mapping[float, Any], stamp: float) -> Any:
-    return next((key for key in messages if abs(key - stamp) < 1e-6), None)
+            grip = offline.values[:, robot.action_slice(robot.gripper)][:, 0]
+            apart.append(np.abs(chunk.gripper - grip).max())
+        return Passage(observation, float(max(apart)), problem or "")
 
 
 # ---- the gripper
@@ -483,23 +527,27 @@ def try_gripper(listener: Listener, bus: Mapping[str, Any]) -> Item:
     """
     name, robot = "gripper direction", listener.robot
     measured = [f for f in robot.state if f.kind.startswith("gripper_")]
-    if robot.gripper is None or not measured:
+    if robot.gripper is None or not measured or listener.joints is None:
         return Item(name, SKIPPED, "this embodiment has no gripper that is both commanded and measured")
     if listener.guard.get("state", "IDLE") != "IDLE":
         return Item(name, FAILED, f"the guard is {listener.guard['state']}: disarm it before the gripper is tried")
-    joint = joint_names(measured[0])[0]
+    joint, driver = joint_names(measured[0])[0], robot.driver
     hand = open_bus(name="preflight_gripper", **bus)
-    publisher = hand.publisher(GRIPPER, m.JOINT_TRAJECTORY, COMMAND)
+    by_command = driver.gripper == "gripper_command"
+    publisher = hand.publisher(driver.gripper_topic, m.GRIPPER_COMMAND if by_command else m.JOINT_TRAJECTORY, COMMAND)
     hand.spin(SETTLE_S)
     seen = []
-    for value in (robot.gripper.low, robot.gripper.high):  # 1 is open, so the low end closes
-        end = time.monotonic() + GRIPPER_S / bus.get("rate", 1.0)
+    for end_of_range in (robot.gripper.low, robot.gripper.high):  # 1 is open, so the low end closes
+        value, end = float(end_of_range[0]), time.monotonic() + GRIPPER_S / bus.get("rate", 1.0)
         while time.monotonic() < end:
-            command = np.array(value, float)[None]
-            names, quantity = [robot.gripper.name], gripper_quantity(robot.gripper)
-            publisher.publish(m.joint_chunk_to_ros(hand.msg, hand.now(), robot.action_dt, names, command, quantity))
+            quantity = gripper_quantity(robot.gripper)
+            publisher.publish(
+                m.gripper_command_to_ros(hand.msg, value)
+                if by_command
+                else m.gripper_to_ros(hand.msg, hand.now(), driver.gripper_names, value, quantity, robot.action_dt)
+            )
             listener.bus.spin(0.1)
-        seen.append(listener.states[JOINTS].values[-1].get(joint, np.nan) if listener.states[JOINTS].values else np.nan)
+        seen.append(listener.joints.values[-1].get(joint, np.nan) if listener.joints.values else np.nan)
     hand.close()
     return checks.gripper_item(joint, *seen)
 
@@ -526,6 +574,8 @@ def run(
     max_age: float,
     state_timeout: float,
     max_skew: float,
+    tick_hz: float,
+    clamp_margin: float,
     num_inference_steps: Optional[int],
     device: str,
     precision: Any,
@@ -549,7 +599,7 @@ def run(
         slop: largest spread of stamps in an observation [s].
         max_age: of pictures on arrival [s].
         state_timeout: of measured state on arrival [s].
-        max_skew: stamps ahead of this host's clock [s].
+        max_skew: stamps ahead of this host's clock [s]; of the guard, as tick_hz and clamp_margin.
         num_inference_steps: as for the policy; so are device, precision and path.
 
     Raises:
@@ -557,7 +607,7 @@ def run(
     """
     import torch
 
-    from dita.embodiment import embodiment_to_dict, load_embodiment
+    from dita.embodiment import embodiment_file, embodiment_to_dict, load_embodiment
     from dita.normalize import stats_to_dict
     from dita.policy.policy import DitaPolicy
 
@@ -568,7 +618,9 @@ def run(
     known = own.name in contract.specs
     report = Report(own.name, contract.hash_of(own.name) if known else "")
     report.items += checks.embodiment_items(contract.to_dict(), values)
-    report.items.append(limits_item(values))
+    file = embodiment_file(embodiment)
+    report.items.append(limits_item(file))
+    guarded = report.items[-1].verdict == OK
     node = open_bus(name="preflight", **bus)
     verdict = node.publisher(PREFLIGHT, m.STRING, LATCHED)
     if known:
@@ -577,23 +629,28 @@ def run(
         sample = read_sample(model, own.name, checkpoint, data, save, windows, seed, report.contract)
         if sample is not None:
             report.items += checks.fitted_items(spec, stats, sample.state, sample.action)
-        listener = Listener(node, parse_robot(values), {c.name: (c.height, c.width) for c in own.cameras})
+        listener = Listener(
+            node, parse_robot(values, need_limits=False), {c.name: (c.height, c.width) for c in own.cameras}
+        )
         for seconds, what in ((SETTLE_S, listener.clear), (listen, listener.look_around)):
             node.spin(seconds / bus.get("rate", 1.0))
             what()
-        limits = {"slop": slop, "max_age": max_age, "state_timeout": state_timeout, "max_skew": max_skew}
+        bounds = {"slop": slop, "max_age": max_age, "state_timeout": state_timeout, "max_skew": max_skew}
         report.items.append(checks.announced_item(report.contract, listener.contract, CONTRACT))
-        report.items += heard_items(listener, spec, **limits)
+        report.items += heard_items(listener, spec, **bounds)
         pictures = {c: np.stack(h.values) if _same_size(h.values) else np.zeros((0, 1, 1, 3), np.uint8)
                     for c, h in listener.cameras.items()}  # fmt: skip
         report.items += value_items(listener.state(), pictures, spec, stats, sample)
         words = [] if sample is None else sorted({w[-1].instruction for w in sample.windows})
         report.items.append(checks.instruction_item(listener.instruction, words))
-        others = [w.node for w in node.writers(TARGET_POSE) if w.node != "guard"]
-        report.items.append(checks.writer_item(TARGET_POSE, others))
+        driver = listener.robot.driver
+        topics = [driver.command_topic, *([driver.gripper_topic] if listener.robot.gripper is not None else [])]
+        report.items += [checks.writer_item(t, [w.node for w in node.writers(t) if w.node != "guard"]) for t in topics]
         options = {"num_inference_steps": num_inference_steps, "path": path, "slop": slop}
+        options.update(tick_hz=tick_hz, max_skew=max_skew, clamp_margin=clamp_margin)
         domain = {**bus, "domain_id": replay_domain}
-        report.items += path_items(model, own.name, sample, domain, options) if replay else []
+        if replay and guarded:
+            report.items += path_items(model, own.name, file, sample, domain, options)
         report.items.append(
             try_gripper(listener, bus)
             if move
@@ -615,11 +672,11 @@ def run(
     return result
 
 
-def limits_item(values: Mapping[str, Any]) -> Item:
-    """Check that the guard could work with this robot's file: limits are there for everything it commands."""
+def limits_item(file: Union[Path, Mapping[str, Any]]) -> Item:
+    """Check that the guard can work with this robot's file: limits are there for everything it commands."""
     try:
-        parse_robot(values)
-    except ValueError as e:
+        load_robot(file)
+    except (ValueError, OSError) as e:
         return Item("limits", FAILED, str(e), LIMITS)
     return Item("limits", OK, "there for everything that the guard commands")
 
@@ -647,14 +704,14 @@ def read_sample(
 
 
 def path_items(
-    model: Any, embodiment: str, sample: Optional[Sample], bus: Mapping[str, Any], options: Mapping[str, Any]
+    model: Any, name: str, file: Path, sample: Optional[Sample], bus: Mapping[str, Any], options: Mapping[str, Any]
 ) -> List[Item]:
     """Send the sample's windows through the whole path, with a bar."""
     from rich.progress import track
 
     if sample is None:
         return [Item("path", SKIPPED, "no training frames to send through")]
-    with contextlib.closing(Replay(model, embodiment, bus, **options)) as replay:
+    with contextlib.closing(Replay(model, name, file, bus, **options)) as replay:
         return checks.path_items([replay.window(w) for w in track(sample.windows, "replay", transient=True)])
 
 
