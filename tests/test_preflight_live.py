@@ -21,7 +21,9 @@ from dita.preprocess import make_contract
 from dita.types import Episode
 from robot_io import messages as m
 from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, open_bus
+from robot_io.core.guard import GuardConfig
 from robot_io.live import arguments_of, commands_of
+from robot_io.nodes.guard import GuardNode
 from robot_io.nodes.preflight import SAMPLE, load_sample, run, sample_stores, save_sample
 from robot_io.nodes.topics import (
     CONTRACT,
@@ -236,6 +238,35 @@ def test_checkpoint_of_another_robot_fails_without_listening(world, tmp_path):
     (tmp_path / "arm.yaml").write_text(yaml.safe_dump(embodiment(limits=None)))
     with pytest.raises(ValueError, match=r"preflight failed: .*missing limits"):
         run(**settings(world, tmp_path, embodiment=str(tmp_path / "arm.yaml")))
+
+
+@pytest.mark.live
+def test_guard_arms_only_after_preflight_passed_for_the_policys_contract(world, tmp_path):
+    policy = DitaPolicy.from_pretrained(world / "policy")
+    told = {"embodiment": embodiment(), "hash": policy.contract.hash_of("bench_arm")}
+    knobs = {"state_timeout": 5.0, "stream_timeout": 5.0, "hold_timeout": 30.0, "max_skew": 1.0, "clamp_margin": 0.25}
+    bus = open_bus("dds", "guard", DOMAIN)
+    node = GuardNode(bus, GuardConfig(tick=1 / 160, **knobs), world / "arm.yaml", require_preflight=True)
+    thread = threading.Thread(target=bus.spin, daemon=True)
+    thread.start()
+    with Driver() as driver:
+        driver.bus.publisher(CONTRACT, m.STRING, LATCHED).publish(m.json_to_ros(driver.bus.msg, told))
+        with pytest.raises(ValueError, match="no preflight yet"):
+            node.arm()
+        with pytest.raises(ValueError, match="preflight failed: wrong statistics"):
+            broken = dict(told, hash="e" * 64)
+            driver.bus.publisher(CONTRACT, m.STRING, LATCHED).publish(m.json_to_ros(driver.bus.msg, broken))
+            run(**settings(world, tmp_path))
+        with pytest.raises(ValueError, match="preflight failed: wrong statistics"):
+            node.arm()
+        driver.bus.publisher(CONTRACT, m.STRING, LATCHED).publish(m.json_to_ros(driver.bus.msg, told))
+        report = run(**settings(world, tmp_path, move=True))
+        assert {i["name"]: i["verdict"] for i in report["items"]}["contract hash"] == "ok"
+        node.arm()
+        assert node.guard.state == "ARMED"
+    bus.shutdown()
+    thread.join()
+    node.close()
 
 
 def test_sample_is_the_same_after_writing_and_reading(world, tmp_path):
