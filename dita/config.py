@@ -329,6 +329,9 @@ class LiveConfig:
     max_skew: float  # guard: clocks may differ by this much
     clamp_margin: float  # guard: excess of an action that is clamped, as a share of its half range
     command_timeout: float  # twin: the driver's
+    driver_hz: float  # twin: of arm and states, where the environment can follow commands between control steps
+    inject: bool  # twin: have faults on request
+    expert: bool  # twin: publish the environment's expert as a teleoperator
     slop: float  # policy: spread of the stamps in one observation
     max_age: float  # policy: oldest observation to act on
     replan_interval: float  # policy: least time between two observations to plan from; 0: as fast as it can

@@ -378,7 +378,10 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
             "require_preflight": config.require_preflight,
             **{name: getattr(config, name) for name in guard},
         },
-        "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
+        "twin": {
+            "env": asdict(config.env),
+            **{name: getattr(config, name) for name in ("command_timeout", "seed", "driver_hz", "inject", "expert")},
+        },
         "policy": {
             "checkpoint": config.checkpoint,
             "embodiment": config.env.embodiment,
