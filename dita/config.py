@@ -322,12 +322,18 @@ class LiveConfig:
     bus: Literal["dds", "rclpy"]
     domain_id: int  # as ROS_DOMAIN_ID
     real_time_factor: float  # below 1: slow motion for every process alike
+    discovery: Literal["LOCALHOST", "SUBNET"] | None  # None: as ROS_AUTOMATIC_DISCOVERY_RANGE, or LOCALHOST
+    peers: tuple[str, ...] | None  # other machines' addresses, with LOCALHOST; None: as ROS_STATIC_PEERS
+    interface: str  # network interface for several machines; empty: the one that is found
+    remap: tuple[str, ...]  # topics under other names, "/FROM:=/TO"
     tick_hz: float  # guard
     state_timeout: float  # guard: older measured state is a fault
     stream_timeout: float  # guard: no action for this long, hold
     hold_timeout: float  # guard: held for this long, fault
     max_skew: float  # guard: clocks may differ by this much
     clamp_margin: float  # guard: excess of an action that is clamped, as a share of its half range
+    guard_embodiment: str | None  # guard: its own file or a shipped name; None: that of env
+    require_preflight: bool  # guard: refuse to arm until the preflight passed; `live`, in simulation, does not ask
     command_timeout: float  # twin: the driver's
     driver_hz: float  # twin: of arm and states, where the environment can follow commands between control steps
     inject: bool  # twin: have faults on request
@@ -341,7 +347,6 @@ class LiveConfig:
     path: Literal["auto", "graph", "compiled", "eager"]  # auto: CUDA graphs on a GPU; falls back, and says why
     start_timeout: float  # until every process has joined
     episode_timeout: float  # until an episode is over
-    require_preflight: bool  # guard: refuse to arm until preflight passed; --i-know turns it off
     preflight: PreflightConfig
 
     def __post_init__(self) -> None:

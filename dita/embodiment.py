@@ -26,13 +26,13 @@ def config_folder() -> Path:
 
 
 def embodiment_file(name_or_path: str | Path) -> Path:
-    """Return the YAML file of an embodiment by shipped name or path.
+    """Return the file (YAML or JSON) of an embodiment by shipped name or path.
 
     Raises:
         ValueError: no such name (the shipped ones are listed).
     """
     path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in (".yaml", ".yml", ".json"):
         path = config_folder() / "embodiment" / f"{name_or_path}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in (config_folder() / "embodiment").glob("*.yaml"))

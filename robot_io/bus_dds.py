@@ -39,11 +39,13 @@ from cyclonedds.sub import DataReader
 from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 from rosbags.interfaces import Nodetype
-from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from robot_io.bus import STATE, Clock, Qos, Stopper, Timer, TypeWatch, Writer, wait_for_writer
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
+# not among the common interfaces (https://github.com/ros-controls/control_msgs)
+TYPES.register(get_types_from_msg("float64 position\nfloat64 max_effort\n", "control_msgs/msg/GripperCommand"))
 
 # A killed node is forgotten after 3 s, so that a new guard does not take its predecessor for a second commander.
 XML = """<CycloneDDS><Domain Id="any">
@@ -58,6 +60,7 @@ LOOPBACK = (
     "<MaxMessageSize>65500B</MaxMessageSize><FragmentSize>63000B</FragmentSize>"
 )
 INDEX = "<ParticipantIndex>auto</ParticipantIndex><MaxAutoParticipantIndex>31</MaxAutoParticipantIndex>"
+REMAP = re.compile(r"/[\w/]+:=/[\w/]+")
 RANGES = ("LOCALHOST", "SUBNET")
 ADDRESS = re.compile(r"[0-9A-Za-z.:%_-]+")
 LOSS = "DITA_TEST_LOSS_PERMILLE"  # tests only: of the packets that this process sends, so many are lost
@@ -130,9 +133,23 @@ def _struct(type: str) -> Type[IdlStruct]:
     struct: Any = make_idl_struct(f"{name}_", f"{package}.msg.dds_.{name}_", fields, dataclassify=False)
     struct.__init__ = lambda self, message: setattr(self, "message", message)
     struct.serialize = lambda self, **_: bytes(TYPES.serialize_cdr(self.message, type))
-    struct.deserialize = staticmethod(lambda data, **_: TYPES.deserialize_cdr(data, type))
+    struct.deserialize = staticmethod(lambda data, **_: _decode(data, type))
     struct.deserialize_key = staticmethod(lambda data, **_: None)  # of the sample that says that a writer left
     return struct
+
+
+class _Unreadable:
+    """Bytes that are no message; raising instead would lose the messages that are taken with it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _decode(data: Any, type: str) -> Any:
+    try:
+        return TYPES.deserialize_cdr(data, type)
+    except Exception as e:  # whatever the decoder says
+        return _Unreadable(e)
 
 
 def _fields(type: str) -> List[Tuple[str, Any]]:
@@ -204,6 +221,8 @@ def _dds_qos(qos: Qos, type: str) -> DdsQos:
         Policy.DataRepresentation(use_cdrv0_representation=True, use_xcdrv2_representation=False),
         Policy.Userdata(f"typehash={_hash(type)};".encode()),
     ]
+    if qos.latched:  # or a late joiner gets one message whatever the depth
+        policies.append(Policy.DurabilityService(0, Policy.History.KeepLast(qos.depth), -1, -1, -1))
     if qos.lease_s is not None:
         policies.append(Policy.Liveliness.Automatic(int(qos.lease_s * 1e9)))
     return DdsQos(*policies)
@@ -240,7 +259,7 @@ class _Subscription:
     def __init__(self, reader: DataReader, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
         self.reader, self.topic, self.type, self.qos, self.callback = reader, topic, type, qos, callback
         self.condition = ReadCondition(reader, ViewState.Any | SampleState.NotRead | InstanceState.Any)
-        self.alive = 0
+        self.alive, self.unreadable = 0, 0
         self.on_liveliness: Optional[Callable[[int], None]] = None
 
     def take(self) -> List[Any]:
@@ -251,12 +270,23 @@ class _Subscription:
 class DdsBus:
     """A node on CycloneDDS. Implements `robot_io.bus.Bus`."""
 
-    def __init__(self, name: str, domain_id: int, clock: Optional[Clock] = None, network: Optional[str] = None) -> None:
-        """Join the graph; `network` is from `network_of`.
+    def __init__(
+        self,
+        name: str,
+        domain_id: int,
+        clock: Optional[Clock] = None,
+        network: Optional[str] = None,
+        remap: Sequence[str] = (),
+    ) -> None:
+        """Join the graph; `network` is from `network_of`, `remap` has "/FROM:=/TO".
 
         Raises:
-            ValueError: this process is on that domain already, with another network.
+            ValueError: this process is on that domain already, with another network; a remap that is none.
         """
+        wrong = [text for text in remap if not REMAP.fullmatch(text)]
+        if wrong:
+            raise ValueError(f"a topic is remapped by /FROM:=/TO, got {', '.join(wrong)}")
+        self._remap = {before: after for before, after in (text.split(":=") for text in remap)}
         network = network or network_of()
         if domain_id not in _domains:
             _domains[domain_id] = (Domain(domain_id, network), network)
@@ -279,6 +309,7 @@ class DdsBus:
         self.timer(POLL_S * self.clock.rate, self._poll)
         self._types = TypeWatch(name)
         self._mismatch: Callable[[str], None] = lambda text: self.log("error", text)
+        self._closed = False
         self._running = threading.Event()
         self._running.set()
 
@@ -334,13 +365,15 @@ class DdsBus:
             self._stopper.finish()
 
     def _dispatch(self, subscription: _Subscription) -> None:
-        try:
-            samples = subscription.take()
-        except Exception as e:  # whatever the decoder says of bytes: nothing that somebody sends may end a node
-            self.log("error", f"a message on {subscription.topic} cannot be read as {subscription.type}: {e}")
-            return
-        for sample in samples:
-            self._stopper.call(subscription.callback, sample)
+        for sample in subscription.take():
+            if isinstance(sample, _Unreadable):  # nothing that somebody sends may end a node
+                subscription.unreadable += 1
+                if subscription.unreadable in (1, 10, 100, 1000):
+                    n, topic = subscription.unreadable, subscription.topic
+                    text = f"{n} message{'s' * (n > 1)} on {topic} cannot be read as {subscription.type}"
+                    self.log("error", f"{text}: {sample.error}")
+            else:
+                self._stopper.call(subscription.callback, sample)
 
     def shutdown(self) -> None:
         """Let `spin` return."""
@@ -349,7 +382,10 @@ class DdsBus:
 
     def close(self) -> None:
         """Leave the graph now; nothing of this bus may be used after."""
+        if self._closed:
+            return
         self.shutdown()
+        self._closed = True
         for publisher in self._publishers:
             publisher.closed = True
         conditions = [s.condition for s in self._subscriptions]
@@ -397,7 +433,7 @@ class DdsBus:
         if key not in self._topics:
             if not name.startswith("/"):
                 raise ValueError(f"topic names are absolute here: /{name}, got {name}")
-            self._topics[key] = Topic(self._participant, f"rt{name}", _struct(type))
+            self._topics[key] = Topic(self._participant, f"rt{self._remap.get(name, name)}", _struct(type))
         return self._topics[key]
 
     def _poll(self) -> None:
@@ -421,9 +457,11 @@ class DdsBus:
                 self._mismatch(text)
 
     def _report(self, mine: Any, verb: str, others: List[Writer], other_verb: str, policy: int) -> None:
+        if policy not in POLICIES:  # another type, which `TypeWatch` tells
+            return
         theirs = "; ".join(f"{w.node} {other_verb} {w.qos}" for w in others if w.qos != mine.qos)
         self._mismatch(
-            f"QoS mismatch on {mine.topic} ({POLICIES.get(policy, f'policy {policy}')}): "
+            f"QoS mismatch on {mine.topic} ({POLICIES[policy]}): "
             f"{self.name} {verb} {mine.qos}; {theirs or 'the other end is gone'}. Nothing flows between them"
         )
 
@@ -432,7 +470,8 @@ class DdsBus:
         return next((q.name for q in found.qos if q.__scope__ == "EntityName"), str(participant)) if found else "?"
 
     def _endpoints(self, directory: "_Directory", topic: str) -> List[Writer]:
-        found = [e for e in directory.alive().values() if e.topic_name == f"rt{topic}"]
+        name = f"rt{self._remap.get(topic, topic)}"
+        found = [e for e in directory.alive().values() if e.topic_name == name]
         return [
             Writer(self._node_of(e.participant_key), _ros_type(e.type_name), _from_dds_qos(e.qos), _type_hash(e.qos))
             for e in found

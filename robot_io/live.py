@@ -26,6 +26,7 @@ from robot_io.bus import COMMAND, LATCHED, STATE, Bus, open_bus
 from robot_io.core.diagnostics import Running
 from robot_io.core.limits import Limits, Robot, parse_robot
 from robot_io.nodes import NODES, entry
+from robot_io.nodes.guard import load_robot
 from robot_io.nodes.topics import (
     ARM,
     CHUNK,
@@ -175,8 +176,9 @@ class EnvelopeReader:
 class Judge:
     """Everything that a run shows on its topics."""
 
-    def __init__(self, bus: Bus) -> None:
-        self.bus = bus
+    def __init__(self, bus: Bus, own: Optional[Robot] = None) -> None:
+        """Listen; `own` has the limits that the guard has, None: those of the policy's contract."""
+        self.bus, self._own = bus, own
         self.robot: Optional[Robot] = None
         self.contract: Dict[str, Any] = {}
         self.envelope: Optional[EnvelopeReader] = None
@@ -204,7 +206,7 @@ class Judge:
         if self.robot is not None:  # the first one is what the run is judged by, whatever else is sent
             return
         self.contract = m.json_from_ros(message)
-        self.robot = parse_robot(self.contract["embodiment"])
+        self.robot = self._own or parse_robot(self.contract["embodiment"])
         self.envelope = EnvelopeReader(self.robot.limits)
 
     def _on_command(self, message: Any) -> None:
@@ -369,14 +371,12 @@ def _play_one(operator: Operator, config: "LiveConfig") -> Dict[str, Any]:
 
 def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
     """Return the arguments of each node's entry in `robot_io.nodes`."""
-    from dita.embodiment import embodiment_file
-
     guard = {"tick_hz", "state_timeout", "stream_timeout", "hold_timeout", "max_skew", "clamp_margin"}
     values: Dict[str, Dict[str, Any]] = {
         "guard": {
-            "embodiment": str(embodiment_file(config.env.embodiment)),
-            "require_preflight": config.require_preflight,
             **{name: getattr(config, name) for name in guard},
+            "embodiment": _guards_file(config),
+            "require_preflight": config.require_preflight,
         },
         "twin": {
             "env": asdict(config.env),
@@ -398,20 +398,27 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
     shared = set(values["policy"]) - {"interval"}
     values["preflight"] = {
         **{name: values["policy"][name] for name in shared},
+        "embodiment": _guards_file(config),
         **{name: getattr(config, name) for name in ("state_timeout", "max_skew", "tick_hz", "clamp_margin")},
         **asdict(config.preflight),
     }
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
 
 
+def _guards_file(config: "LiveConfig") -> str:
+    """Return the embodiment file that the guard reads by itself."""
+    from dita.embodiment import config_folder
+
+    name = config.guard_embodiment or config.env.embodiment
+    is_file = name.endswith((".yaml", ".yml", ".json"))
+    return str(Path(name).resolve() if is_file else config_folder() / "embodiment" / f"{name}.yaml")
+
+
 def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
-    """Return the command line of each process of `live`, whose arm is simulated: it needs no preflight."""
+    """Return the command line of each process of a run in simulation, which needs no preflight."""
     python = [sys.executable, "-m", "robot_io.nodes"]
-    return {
-        name: [*python, name, json.dumps(arguments), "--with-parent"]
-        for name, arguments in arguments_of(replace(config, require_preflight=False)).items()
-        if name in PROCESSES
-    }
+    arguments = arguments_of(replace(config, require_preflight=False))
+    return {name: [*python, name, json.dumps(arguments[name]), "--with-parent"] for name in PROCESSES}
 
 
 def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
@@ -429,7 +436,13 @@ def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
 
 
 def _bus_arguments(config: "LiveConfig") -> Dict[str, Any]:
-    return {"kind": config.bus, "domain_id": config.domain_id, "rate": config.real_time_factor}
+    network = {
+        "discovery": config.discovery,
+        "peers": None if config.peers is None else list(config.peers),
+        "interface": config.interface,
+        "remap": list(config.remap),
+    }
+    return {"kind": config.bus, "domain_id": config.domain_id, "rate": config.real_time_factor, **network}
 
 
 def live(
@@ -460,7 +473,7 @@ def live(
             children.start(name, command)
         bus = open_bus(name="live", **_bus_arguments(config))
         stack.callback(bus.close)
-        judge = Judge(bus)
+        judge = Judge(bus, load_robot(_guards_file(config))[0])
         operator = Operator(bus, judge, children)
         progress = stack.enter_context(_progress(config.episodes))
         _join(operator, config)
