@@ -28,9 +28,9 @@ from dita.embodiment import embodiment_from_dict, embodiment_to_dict, load_embod
 from dita.envs import gl
 from dita.envs.base import RobotEnv
 from dita.envs.collect import demonstrate
-from dita.evaluate import wilson
 from dita.normalize import fit, stats_to_dict
 from dita.preprocess import Contract
+from dita.statistics import wilson
 from robot_io.bus import Qos, Writer
 from robot_io.bus_dds import message
 from robot_io.core import preflight as checks
