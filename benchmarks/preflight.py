@@ -410,7 +410,7 @@ gripper of the simulated arm. Ranges are Wilson's 95 % intervals.
 
 "Named rightly" asks for the mistake's own name among those that failed an item; "not passed" asks only that the arm
 may not be armed. Where joints stand alike at the start, exchanging them changes nothing that could be measured, and no
-check at rest can see it. What was missed is listed in `preflight.json` beside this page. Over real DDS, once per mistake
+check at rest can see it. What was missed is listed in `preflight.json` beside this page. Over DDS, once per mistake
 and with replay for a clean robot: `pytest tests/test_preflight_live.py`.
 """
 
