@@ -1,10 +1,10 @@
-# make demo | test | lint | evidence | evidence-store; the first call creates .venv from pyproject.toml and constraints.txt
+# make demo | test | lint | evidence | evidence-preflight | evidence-store; the first call creates .venv from pyproject.toml and constraints.txt
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-store
+.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store
 
 demo: $(VENV)/.installed  ## the main job, end to end; an interrupted one continues
 	@$(BIN)/dita env --setup
@@ -28,6 +28,9 @@ evidence: $(VENV)/.installed  ## hours: three training seeds, baselines, multita
 
 evidence-doctor: $(VENV)/.installed  ## minutes: precision and recall of the doctor; writes docs/evidence/doctor.md
 	@$(BIN)/python benchmarks/doctor.py
+
+evidence-preflight: $(VENV)/.installed  ## minutes: which mistakes preflight names; writes docs/evidence/preflight.md
+	@$(BIN)/python benchmarks/preflight.py
 
 evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other fault of a store; resumes
 	@$(BIN)/python benchmarks/store_faults.py

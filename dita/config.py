@@ -291,6 +291,26 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
+class PreflightConfig:
+    """`dita robot preflight`: the checklist before the first motion."""
+
+    data: tuple[str, ...]  # training stores to compare with; empty: the sample in the policy folder
+    save: bool  # write that sample, from `data`
+    windows: int  # training windows to compare with and to replay
+    listen: float  # [s]
+    replay: bool  # send training windows through topics, policy and guard
+    replay_domain: int  # where nobody else is
+    move: bool  # close and open the gripper
+    stay: bool  # until Ctrl-C, for a guard that starts later
+    out: str  # folder; gets preflight.json
+
+    def __post_init__(self) -> None:
+        _require(self.windows > 0, f"robot.preflight.windows must be positive, got {self.windows}")
+        _require(self.listen > 0, f"robot.preflight.listen must be positive, got {self.listen}")
+        _require(not self.save or bool(self.data), "robot.preflight.save samples preflight.data: name its stores")
+
+
+@dataclass(frozen=True)
 class LiveConfig:
     """`dita robot live`: twin, policy and guard as three processes over DDS; times in seconds."""
 
@@ -330,6 +350,7 @@ class LiveConfig:
     path: Literal["auto", "graph", "compiled", "eager"]  # auto: CUDA graphs on a GPU; falls back, and says why
     start_timeout: float  # until every process has joined
     episode_timeout: float  # until an episode is over
+    preflight: PreflightConfig
 
     def __post_init__(self) -> None:
         _require(self.episodes > 0, f"robot.episodes must be positive, got {self.episodes}")

@@ -43,6 +43,7 @@ from robot_io.nodes.topics import (
 if TYPE_CHECKING:
     from dita.config import LiveConfig
 
+PROCESSES = ("guard", "policy", "twin")  # of `live`; the other nodes are started by an operator
 LAST_LINES = 12  # of a crashed child
 GAP_S = 0.05  # a longer pause in the command stream is a new stream
 QUEUE = 320  # of the judge: it must miss no command even if it is kept waiting for 2 s
@@ -405,6 +406,13 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
             "compressed": config.compressed,
         },
     }
+    shared = set(values["policy"]) - {"interval"}
+    values["preflight"] = {
+        **{name: values["policy"][name] for name in shared},
+        "embodiment": _guards_file(config),
+        **{name: getattr(config, name) for name in ("state_timeout", "max_skew", "tick_hz", "clamp_margin")},
+        **asdict(config.preflight),
+    }
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
 
 
@@ -421,7 +429,7 @@ def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
     """Return the command line of each process of a run in simulation, which needs no preflight."""
     python = [sys.executable, "-m", "robot_io.nodes"]
     arguments = arguments_of(replace(config, require_preflight=False))
-    return {name: [*python, name, json.dumps(values), "--with-parent"] for name, values in arguments.items()}
+    return {name: [*python, name, json.dumps(arguments[name]), "--with-parent"] for name in PROCESSES}
 
 
 def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
