@@ -1,0 +1,475 @@
+"""The black box: the last minute of every topic, written when the guard reacts with R2 or R3.
+
+A process of its own: the guard does no file I/O and does not wait for it. A record is a folder: a rosbag2 bag (MCAP,
+opens in Foxglove and with `ros2 bag`), `reasons.json` and `overview.png`. It appears by one rename.
+"""
+
+import json
+import math
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+from rosbags.interfaces import Nodetype
+from rosbags.typesys import Stores, get_typestore
+
+from robot_io import messages as m
+from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, Bus, Qos, open_bus
+from robot_io.core.black_box import (
+    REASONS,
+    Reaction,
+    Ring,
+    Sample,
+    Trigger,
+    prune,
+    reaction_of,
+    reasons,
+    record_name,
+    worst_of,
+)
+from robot_io.nodes.serve import serve
+from robot_io.nodes.topics import (
+    APPROVAL,
+    APPROVE,
+    ARM,
+    CHUNK,
+    CHUNK_GRIPPER,
+    CONTRACT,
+    DIAGNOSTICS,
+    EXECUTED,
+    GRIPPER,
+    GUARD_STATE,
+    INSTRUCTION,
+    JOINTS,
+    SPEED,
+    TAKEOVER,
+    TARGET_POSE,
+    TELEOP,
+    TELEOP_GRIPPER,
+    TOOL_POSE,
+    image_topic,
+)
+
+TYPES = get_typestore(Stores.ROS2_JAZZY)
+COMPRESSED = "sensor_msgs/msg/CompressedImage"
+QUALITY = 85  # of the pictures kept: for people, not for training
+IMAGE_SHARE = 0.75  # of the memory
+QUEUE = 320  # a black box misses nothing while it writes
+
+PLAIN: Tuple[Tuple[str, str, Qos], ...] = (
+    (TOOL_POSE, m.POSE, STATE),
+    (JOINTS, m.JOINT_STATE, STATE),
+    (GRIPPER, m.JOINT_TRAJECTORY, COMMAND),
+    (CHUNK, m.CARTESIAN_TRAJECTORY, COMMAND),
+    (CHUNK_GRIPPER, m.JOINT_TRAJECTORY, COMMAND),
+    (TELEOP, m.CARTESIAN_TRAJECTORY, COMMAND),
+    (TELEOP_GRIPPER, m.JOINT_TRAJECTORY, COMMAND),
+    (EXECUTED, m.CARTESIAN_TRAJECTORY, STATE),
+    (INSTRUCTION, m.STRING, LATCHED),
+    (ARM, m.BOOL, STATE),
+    (TAKEOVER, m.STRING, STATE),
+    (SPEED, "std_msgs/msg/Float64", STATE),
+    (APPROVAL, m.BOOL, STATE),
+    (APPROVE, m.STRING, STATE),
+)
+
+
+class BlackBoxNode:
+    """Keep the last seconds of every topic and write them when the guard reacts."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        folder: Path,
+        *,
+        seconds: float,
+        max_memory: int,
+        image_hz: float,
+        after: float,
+        interval: float,
+        max_records: int,
+        max_bytes: int,
+    ) -> None:
+        """Join the graph.
+
+        Args:
+            folder: gets one folder per record.
+            seconds: what is kept.
+            max_memory: of the messages kept [bytes].
+            image_hz: pictures kept per camera and second, the rest is left out.
+            after: what a record shows of the time after the reaction [s].
+            interval: least time between two records [s]; reactions in between share the next one.
+            max_records: kept on disk; the oldest goes first.
+            max_bytes: of all records on disk.
+        """
+        self.bus, self.folder, self._seconds = bus, folder, seconds
+        self._image_period, self._max = 1.0 / image_hz, (max_records, max_bytes)
+        self._pictures = Ring(seconds, int(IMAGE_SHARE * max_memory))
+        self._rest = Ring(seconds, int((1 - IMAGE_SHARE) * max_memory))
+        self._trigger = Trigger(after, interval)
+        self._last_picture: Dict[str, float] = {}
+        self._latched: Dict[str, Sample] = {}  # what came before the window and still holds
+        self._states: List[Tuple[float, Mapping[str, Any]]] = []
+        self._diagnostics: Dict[str, Any] = {}
+        self._contract: Dict[str, Any] = {}
+        self._guard_alive = False
+        self._writing: Optional[threading.Thread] = None
+        self.written: List[Path] = []
+        for topic, type, qos in PLAIN:
+            bus.subscribe(topic, type, _deep(qos), self._keeper(topic, type))
+        bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_state)
+        bus.subscribe(CONTRACT, m.STRING, LATCHED, self._on_contract)
+        bus.subscribe(DIAGNOSTICS, m.DIAGNOSTICS, STATE, self._on_diagnostics)
+        self._watch_command(TARGET_POSE, m.POSE)
+        bus.timer(0.2, self._write_due)
+
+    def _watch_command(self, topic: str, type: str) -> None:
+        self.bus.subscribe(topic, type, _deep(COMMAND), self._keeper(topic, type))
+        self.bus.on_liveliness(topic, self._on_guard_liveliness)
+
+    def stop(self) -> None:
+        """Write what waits, then leave."""
+        self.bus.shutdown()
+
+    def close(self) -> None:
+        """Write what waits and leave the graph."""
+        self._join()
+        burst = self._trigger.due(self.bus.now(), closing=True)
+        if burst:
+            self._write(burst)
+        self.bus.close()
+
+    def _keeper(self, topic: str, type: str) -> Callable[[Any], None]:
+        return lambda message: self._keep(topic, type, message)
+
+    def _keep(self, topic: str, type: str, message: Any) -> None:
+        self._rest.add(self._sample(topic, type, message))
+
+    def _sample(self, topic: str, type: str, message: Any) -> Sample:
+        return Sample(self.bus.now(), topic, type, bytes(TYPES.serialize_cdr(plain(message, type), type)))
+
+    def _on_image(self, topic: str, message: Any) -> None:
+        now = self.bus.now()
+        if now - self._last_picture.get(topic, -math.inf) < 0.9 * self._image_period:
+            return
+        self._last_picture[topic] = now
+        try:
+            data = jpeg(m.image_from_ros(message))
+        except ValueError as e:  # a camera that sends what nobody understands is itself worth a line
+            self.bus.log("warning", f"{topic}: {e}")
+            return
+        if data is None:
+            self._pictures.add(self._sample(topic, m.IMAGE, message))
+            return
+        kept = TYPES.types[COMPRESSED](header=plain(message.header, "std_msgs/msg/Header"), format="jpeg", data=data)
+        encoded = bytes(TYPES.serialize_cdr(kept, COMPRESSED))
+        self._pictures.add(Sample(now, f"{topic}/compressed", COMPRESSED, encoded))
+
+    def _on_state(self, message: Any) -> None:
+        now = self.bus.now()
+        self._keep(GUARD_STATE, m.STRING, message)
+        try:
+            state = m.json_from_ros(message)
+            before = self._states[-1][1].get("state", "") if self._states else ""
+            found = reaction_of(state, before, now)
+        except (ValueError, AttributeError, TypeError) as e:
+            self.bus.log("error", f"{GUARD_STATE}: {e}")
+            return
+        self._states.append((now, state))
+        while len(self._states) > 1 and now - self._states[1][0] > self._seconds:
+            self._states.pop(0)  # the one that held when the window begins stays
+        if found is not None:
+            self._trigger.react(found)
+
+    def _on_contract(self, message: Any) -> None:
+        try:
+            contract = m.json_from_ros(message)
+            cameras = [camera["name"] for camera in contract["embodiment"]["cameras"]]
+        except (ValueError, KeyError, TypeError) as e:
+            self.bus.log("error", f"{CONTRACT}: {e}")
+            return
+        self._latched[CONTRACT] = self._sample(CONTRACT, m.STRING, message)
+        if not self._contract:
+            self._contract = contract
+            for camera in cameras:
+                self.watch_camera(camera)
+
+    def watch_camera(self, camera: str) -> None:
+        """Keep a camera's pictures, too."""
+        topic = image_topic(camera)
+        self.bus.subscribe(topic, m.IMAGE, SENSOR, lambda message: self._on_image(topic, message))
+
+    def _on_diagnostics(self, message: Any) -> None:
+        self._keep(DIAGNOSTICS, m.DIAGNOSTICS, message)
+        self._diagnostics.update(m.diagnostics_from_ros(message))
+
+    def _on_guard_liveliness(self, alive: int) -> None:
+        state = self._states[-1][1].get("state", "") if self._states else ""
+        if self._guard_alive and alive == 0 and state not in ("", "IDLE"):
+            self._trigger.react(Reaction(self.bus.now(), "GONE", state, "the guard is gone"))
+        self._guard_alive = alive > 0
+
+    def _write_due(self) -> None:
+        if self._writing is not None and not self._writing.is_alive():
+            self._writing = None
+        if self._writing is None:
+            burst = self._trigger.due(self.bus.now())
+            if burst:
+                job = self._job(burst)
+                self._writing = threading.Thread(target=self._run, args=(job,), name="black box", daemon=True)
+                self._writing.start()
+
+    def _job(self, burst: Sequence[Reaction]) -> Dict[str, Any]:
+        """Freeze what a record shows; what arrives from now on is not in it."""
+        samples = sorted([*self._latched.values(), *self._rest.samples(), *self._pictures.samples()], key=_time)
+        embodiment = self._contract.get("embodiment") or {}
+        about = {
+            "embodiment": embodiment.get("name"),
+            "contract": self._contract.get("hash"),
+            "seconds": self._seconds,
+            "left_out_for_memory": {"pictures": self._pictures.evicted, "messages": self._rest.evicted},
+        }
+        values = reasons(burst, samples, list(self._states), dict(self._diagnostics), about)
+        return {"burst": burst, "samples": samples, "reasons": values, "embodiment": embodiment}
+
+    def _write(self, burst: Sequence[Reaction]) -> None:
+        self._run(self._job(burst))
+
+    def _run(self, job: Mapping[str, Any]) -> None:
+        try:
+            record = write_record(self.folder, **job)
+            self.written.append(record)
+            self.bus.log("info", f"black box: wrote {record}")
+            gone = prune(self.folder, *self._max)
+            if gone:
+                self.bus.log("info", f"black box: removed {', '.join(gone)} to keep to its caps")
+        except Exception as e:  # a full disk must not end the recording of what comes next
+            self.bus.log("error", f"black box: nothing written: {type(e).__name__}: {e}")
+
+    def _join(self) -> None:
+        if self._writing is not None:
+            self._writing.join()
+
+
+def _time(sample: Sample) -> float:
+    return sample.time
+
+
+def _deep(qos: Qos) -> Qos:
+    return Qos(qos.reliable, qos.latched, 1 if qos.latched else QUEUE, qos.lease_s)
+
+
+def plain(message: Any, type: str) -> Any:
+    """Return a message as rosbags' own class, whichever bus it came from."""
+    if isinstance(message, TYPES.types[type]):
+        return message
+    fields = TYPES.fielddefs[type][1]
+    return TYPES.types[type](**{name: _plain(getattr(message, name), desc) for name, desc in fields})
+
+
+def _plain(value: Any, desc: Any) -> Any:
+    kind, what = desc
+    if kind == Nodetype.NAME:
+        return plain(value, what)
+    if kind == Nodetype.BASE:
+        return int.from_bytes(value, "little") if isinstance(value, bytes) else value  # rclpy: a byte is bytes
+    (inner, name), _ = what
+    if inner == Nodetype.NAME:
+        return [plain(v, name) for v in value]
+    if name[0] == "string":
+        return [str(v) for v in value]
+    return np.asarray(value, "uint8" if name[0] in ("byte", "char") else name[0])
+
+
+def jpeg(rgb: np.ndarray) -> Optional[np.ndarray]:
+    """Encode a picture [h w 3] for people; None where no JPEG library is installed."""
+    try:
+        import simplejpeg
+    except ImportError:
+        return None
+    return np.frombuffer(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), QUALITY), np.uint8)
+
+
+# ---- the record
+
+
+def write_record(
+    folder: Path,
+    burst: Sequence[Reaction],
+    samples: Sequence[Sample],
+    reasons: Mapping[str, Any],
+    embodiment: Mapping[str, Any],
+) -> Path:
+    """Write one record and return its folder.
+
+    Raises:
+        OSError: the disk; nothing half-written is left.
+    """
+    moment = worst_of(burst).time
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(moment)) + f".{int(moment % 1 * 1000):03d}"
+    record = folder / record_name(stamp, burst)
+    partial = folder / f".{record.name}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write_bag(partial / "bag", samples)
+        (partial / REASONS).write_text(json.dumps(_finite(reasons), indent=1, allow_nan=False), encoding="utf-8")
+        draw(partial / "overview.png", burst, samples, reasons["states"], embodiment)
+        partial.rename(record)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return record
+
+
+def _finite(values: Any) -> Any:
+    """Write what is not finite as text: it may be the very reason of the record, and JSON has no number for it."""
+    if isinstance(values, Mapping):
+        return {str(k): _finite(v) for k, v in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_finite(v) for v in values]
+    return str(values) if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def write_bag(path: Path, samples: Sequence[Sample]) -> None:
+    """Write samples as a rosbag2 bag, MCAP; the log time is that of arrival."""
+    from rosbags.rosbag2 import StoragePlugin, Writer
+
+    with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as bag:
+        connections = {
+            (s.topic, s.type): None for s in samples  # in order of appearance
+        }
+        for topic, type in connections:
+            connections[topic, type] = bag.add_connection(topic, type, typestore=TYPES)
+        for s in samples:
+            bag.write(connections[s.topic, s.type], round(s.time * 1e9), s.data)
+
+
+Series = Tuple[np.ndarray, np.ndarray]  # t [n], values [n d]
+
+
+def series_of(samples: Sequence[Sample], topic: str) -> Series:
+    """Return a topic's numbers over time: positions of poses and joints, targets, or speeds."""
+    times, rows = [], []
+    for s in samples:
+        if s.topic == topic:
+            row = _numbers(TYPES.deserialize_cdr(s.data, s.type), s.type)
+            if row is not None and (not rows or len(row) == len(rows[0])):
+                times.append(s.time)
+                rows.append(row)
+    return np.array(times), np.array(rows, float).reshape(len(rows), -1)
+
+
+def _numbers(message: Any, type: str) -> Optional[np.ndarray]:
+    if type == m.POSE:
+        return m.pose_from_ros(message)[0]
+    if type == m.TWIST:
+        return m.twist_from_ros(message)[0]
+    if type == m.ARRAY:
+        return m.array_from_ros(message)
+    if type == m.JOINT_STATE:
+        return np.asarray(message.position, float)
+    if not message.points:
+        return None
+    point = message.points[-1]
+    if type == m.JOINT_TRAJECTORY:
+        values = next((v for v in (point.positions, point.effort, point.velocities) if len(v)), None)
+        return None if values is None else np.asarray(values, float)
+    p = point.transforms[0].translation if point.transforms else point.velocities[0].linear
+    return np.array([p.x, p.y, p.z])
+
+
+COLORS = {"IDLE": "#b8b8b8", "ARMED": "#6fb56f", "HOLDING": "#e8b04a", "FAULT": "#d9584d"}
+
+
+def draw(
+    path: Path,
+    burst: Sequence[Reaction],
+    samples: Sequence[Sample],
+    states: Sequence[Mapping[str, Any]],
+    embodiment: Mapping[str, Any],
+) -> None:
+    """Draw commands, their speed against its limit, the gripper and the states over time, the moments marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    moment = worst_of(burst).time
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.subplots(4, 1, sharex=True, height_ratios=[4, 3, 1.5, 0.7])
+    command, sent = _command_series(samples)
+    measured, executed = series_of(samples, TOOL_POSE), series_of(samples, EXECUTED)
+    if command == JOINT_COMMAND:
+        measured, executed = series_of(samples, JOINTS), executed
+    for i in range(sent[1].shape[1]):
+        axes[0].plot(sent[0] - moment, sent[1][:, i], color=f"C{i}", label=f"sent {_axis(i, sent[1].shape[1])}")
+    for i in range(min(measured[1].shape[1], sent[1].shape[1] or 3)):
+        axes[0].plot(measured[0] - moment, measured[1][:, i], color=f"C{i}", alpha=0.4, lw=2.5)
+    for i in range(min(executed[1].shape[1], sent[1].shape[1])):
+        axes[0].plot(executed[0] - moment, executed[1][:, i], ".", color=f"C{i}", ms=2)
+    axes[0].set_ylabel("position\n(line sent, wide measured,\ndots goals)")
+    if len(sent[0]):
+        axes[0].legend(loc="upper left", ncols=4, fontsize=8)
+    _draw_speed(axes[1], sent, moment, embodiment)
+    gripper = series_of(samples, GRIPPER)
+    if len(gripper[0]):
+        axes[2].step(gripper[0] - moment, gripper[1], where="post", marker=".")
+    axes[2].set_ylabel("gripper\ncommand")
+    edges = [s["time"] for s in states] + [max([moment, *(s.time for s in samples[-1:])])]
+    for state, begin, end in zip(states, edges[:-1], edges[1:], strict=True):
+        axes[3].axvspan(begin - moment, end - moment, color=COLORS.get(state.get("state", ""), "white"))
+    axes[3].set_yticks([])
+    axes[3].set_ylabel("state")
+    axes[3].set_xlabel("s, 0 = the reaction")
+    for axis in axes:
+        for r in burst:
+            axis.axvline(r.time - moment, color="k", lw=1, ls="--")
+    if samples:
+        axes[0].set_xlim(samples[0].time - moment, samples[-1].time - moment)
+    figure.suptitle("\n".join(f"{r.reaction} at {r.time - moment:+.3f} s: {r.reason}" for r in burst[:6]), fontsize=10)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=100)
+
+
+JOINT_COMMAND = "joint command"
+
+
+def _command_series(samples: Sequence[Sample]) -> Tuple[str, Series]:
+    return TARGET_POSE, series_of(samples, TARGET_POSE)
+
+
+def _axis(i: int, count: int) -> str:
+    return "xyz"[i] if count == 3 else f"joint {i}"
+
+
+def _draw_speed(axis: Any, sent: Series, moment: float, embodiment: Mapping[str, Any]) -> None:
+    t, values = sent
+    if len(t) > 2:
+        dt = np.maximum(np.diff(t), 1e-4)
+        speed = np.linalg.norm(np.diff(values, axis=0), axis=1) / dt
+        axis.plot(t[1:] - moment, np.where(dt < 0.05, speed, np.nan), lw=1)
+    limit = (embodiment.get("limits") or {}).get("max_speed")
+    if limit is not None:
+        axis.axhline(limit, color="r", ls=":", label=f"limit {limit:g} m/s")
+        axis.legend(loc="upper left", fontsize=8)
+    axis.set_ylabel("speed of what was\nsent, by arrival [m/s]")
+
+
+def run(*, bus: Mapping[str, Any], folder: str, show: Optional[str] = None, **values: Any) -> None:
+    """Run the black box until it is stopped, or show a record.
+
+    Args:
+        bus: arguments of `open_bus`.
+        folder: gets the records.
+        show: a record's folder: print its timeline and leave.
+        values: as in `BlackBoxNode`.
+    """
+    if show is not None:
+        from robot_io.core.black_box import timeline
+
+        print("\n".join(timeline(Path(show))))
+        return
+    serve(BlackBoxNode(open_bus(name="blackbox", **bus), Path(folder), **values))
