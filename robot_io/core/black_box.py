@@ -82,7 +82,9 @@ class Trigger:
 
     def due(self, now: float, closing: bool = False) -> List[Reaction]:
         """Return the burst to write now, or nothing; `closing` does not wait for what follows it."""
-        ready = now >= max(self._written + self.interval, self._pending[0].time + self.after) if self._pending else False
+        ready = (
+            now >= max(self._written + self.interval, self._pending[0].time + self.after) if self._pending else False
+        )
         if not (ready or (closing and self._pending)):
             return []
         burst, self._pending, self._written = self._pending, [], now

@@ -13,9 +13,11 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from robot_io.core.limits import Field
+from robot_io.core.limits import Robot
+from robot_io.core.space import Space, conjugate, logarithm, rotate
 from robot_io.messages import ExecutedStep
 
+TIE = 1e-6  # [s]: stamps of today as float64 are good to 0.2 us
 HUMAN = re.compile(r"/human=((?:\d+-\d+(?:,\d+-\d+)*)?)$")
 
 
@@ -85,12 +87,14 @@ class Take:
         if samples and stamp < samples[-1][0]:
             self.end(f"E_STAMP: {source} went back from {samples[-1][0]:.3f} to {stamp:.3f} s")
             return
-        if not self._steps and len(samples) > 1:  # before the first frame only the newest samples can be of use
-            self._bytes -= _size(samples.pop(0)[1])
+        while not self._steps and len(samples) > 1 and stamp - samples[1][0] > self.config.action_gap:
+            self._bytes -= _size(samples.pop(0)[1])  # too long before the first frame to be of use
         samples.append((stamp, value))
         self._bytes += _size(value)
         if self._bytes > self.config.max_bytes:
-            self.end(f"E_LENGTH: pictures of more than {self.config.max_bytes / 2**20:.0f} MiB; record shorter episodes")
+            self.end(
+                f"E_LENGTH: pictures of more than {self.config.max_bytes / 2**20:.0f} MiB; record shorter episodes"
+            )
 
     def step(self, step: ExecutedStep) -> None:
         """Take an executed step."""
@@ -127,14 +131,14 @@ class Take:
     def finish(
         self,
         state_of: Callable[[Mapping[str, Any]], np.ndarray],
-        action_of: Callable[[Sequence[ExecutedStep], ExecutedStep, np.ndarray], np.ndarray],
+        action_of: Callable[[Sequence[ExecutedStep], ExecutedStep, Mapping[str, Any]], np.ndarray],
     ) -> Frames:
         """Put everything on the grid.
 
         Args:
             state_of: the state [s] from one sample of each source.
             action_of: the action [a] from the steps that began in a frame (none, one or two), the last step so far
-                and the frame's state.
+                and one sample of each source.
 
         Raises:
             RecordError: E_EMPTY: nothing was executed; E_GAP: there is not one whole frame.
@@ -149,9 +153,9 @@ class Take:
         nearest = {source: _nearest([t for t, _ in s], stamp) for source, s in self._samples.items()}
         length = self._whole_frames(stamp, nearest)
         stamp = stamp[:length]
-        states = [state_of({s: self._samples[s][nearest[s][0][k]][1] for s in self._others()}) for k in range(length)]
-        state = np.array(states, np.float32).reshape(length, -1)
-        action, human, report = self._actions(stamp, state, action_of)
+        seen = [{s: self._samples[s][nearest[s][0][k]][1] for s in self._others()} for k in range(length)]
+        state = np.array([state_of(values) for values in seen], np.float32).reshape(length, -1)
+        action, human, report = self._actions(stamp, seen, action_of)
         images = {c: np.stack([self._samples[c][i][1] for i in nearest[c][0][:length]]) for c in self._cameras}
         for source, (_, off) in nearest.items():
             report[f"{source} off by at most [s]"] = float(np.max(np.abs(off[:length])))
@@ -176,7 +180,7 @@ class Take:
         return length
 
     def _actions(
-        self, stamp: np.ndarray, state: np.ndarray, action_of: Callable[..., np.ndarray]
+        self, stamp: np.ndarray, seen: Sequence[Mapping[str, Any]], action_of: Callable[..., np.ndarray]
     ) -> Tuple[np.ndarray, np.ndarray, Dict[str, Any]]:
         bins: List[List[ExecutedStep]] = [[] for _ in stamp]
         for step in self._steps:
@@ -185,7 +189,7 @@ class Take:
         rows, human, last = [], [], self._steps[0]
         for k, steps in enumerate(bins):
             last = steps[-1] if steps else last
-            rows.append(action_of(steps, last, state[k]))
+            rows.append(action_of(steps, last, seen[k]))
             human.append(last.source == "teleop")
         report = {
             "frames": len(bins),
@@ -205,7 +209,7 @@ def _nearest(times: Sequence[float], wanted: np.ndarray) -> Tuple[np.ndarray, np
     right = np.clip(np.searchsorted(t, wanted), 1, max(len(t) - 1, 1))
     left = right - 1
     right = np.minimum(right, len(t) - 1)
-    index = np.where(np.abs(t[right] - wanted) < np.abs(wanted - t[left]), right, left)
+    index = np.where(np.abs(t[right] - wanted) < np.abs(wanted - t[left]) - TIE, right, left)
     return index, t[index] - wanted
 
 
@@ -230,109 +234,73 @@ def human_steps(source: str, length: int) -> Optional[np.ndarray]:
 
 # ---- the action of a frame, in the embodiment's own representation
 
-ROTATIONS = ("ee_rotation_6d", "ee_rotation_axis_angle")
-MOTION = ("ee_position", "joint_position", *ROTATIONS)
-GRIPPERS = ("gripper_position", "gripper_binary", "gripper_effort")
 
-
-def check_recordable(action: Sequence[Field], state: Sequence[Field]) -> None:
+def check_recordable(robot: Robot) -> None:
     """Refuse an action that executed steps do not tell.
 
     Raises:
         ValueError: naming the field and why.
     """
-    for field in action:
-        if field.kind not in (*MOTION, *GRIPPERS):
-            raise ValueError(f"action.{field.name}: a {field.kind} is no motion that the guard executes")
+    for field in robot.action:
         if field.reference == "chunk_start":
             raise ValueError(f"action.{field.name}: a delta from the chunk's start cannot be stored per frame")
-        if field.reference == "measured" or (field.mode == "delta" and field.frame == "tool"):
-            _part(state, np.zeros(sum(f.size for f in state)), field)
 
 
 def action_of(
-    action: Sequence[Field],
-    state: Sequence[Field],
-    steps: Sequence[ExecutedStep],
-    last: ExecutedStep,
-    observed: np.ndarray,
+    robot: Robot, steps: Sequence[ExecutedStep], last: ExecutedStep, measured: Optional[np.ndarray]
 ) -> np.ndarray:
     """Return the action [a] that a frame's executed steps were, SI.
 
     An absolute field is the last target. A delta from what was commanded is what the steps added, composed; where none
-    began, nothing. A delta from what was measured is the way from the frame's state to the last target.
+    began, nothing. A delta from what was measured is the way from there to the last target.
 
     Args:
-        action: the embodiment's fields, as `check_recordable` accepts them.
-        state: the fields of `observed` [s].
+        robot: as `check_recordable` accepts it.
         steps: that began in the frame.
         last: the last step so far.
+        measured: configuration of the frame; needed by deltas from what was measured.
 
     Raises:
         RecordError: E_GRIPPER: the guard has not sent the gripper anything yet.
     """
-    parts = []
-    for field in action:
-        if field.kind in GRIPPERS:
-            if last.gripper is None:
-                raise RecordError(f"E_GRIPPER: the guard has sent nothing for {field.name} yet")
-            parts.append(np.array([last.gripper]))
-        elif field.kind in ROTATIONS:
-            parts.append(_rotation(field, state, steps, last, observed))
-        else:
-            parts.append(_translation(field, state, steps, last, observed))
-    return np.concatenate(parts)
-
-
-def _translation(field: Field, state: Sequence[Field], steps: Any, last: ExecutedStep, observed: Any) -> np.ndarray:
-    target = last.target if field.kind == "joint_position" else last.target[:3]
-    if field.mode == "absolute":
-        return target
-    if field.reference == "commanded":
-        moved = sum((step.delta[: field.size] for step in steps), np.zeros(field.size))
+    space, goal = robot.space, last.target
+    if robot.motion.mode == "absolute":
+        motion, turn = goal[: space.linear], goal[space.linear :]
+        if robot.rotation is not None:
+            turn = columns_of(turn) if robot.rotation.kind == "ee_rotation_6d" else logarithm(turn)
     else:
-        moved = target - _part(state, observed, field)
-    return _orientation(field, state, steps, last, observed).T @ moved if field.frame == "tool" else moved
+        before = goal
+        if robot.motion.reference == "measured":
+            assert measured is not None
+            before = measured
+        else:
+            for step in reversed(steps):
+                before = space.retract(before, -step.delta)
+        delta = delta_between(space, before, goal)
+        motion, turn = delta[: space.linear], delta[space.linear :]
+    action = np.zeros(robot.action_dim)
+    action[robot.action_slice(robot.motion)] = motion
+    if robot.rotation is not None:
+        action[robot.action_slice(robot.rotation)] = turn
+    if robot.gripper is not None:
+        if last.gripper is None:
+            raise RecordError(f"E_GRIPPER: the guard has sent nothing for {robot.gripper.name} yet")
+        action[robot.action_slice(robot.gripper)] = last.gripper
+    return action
 
 
-def _rotation(field: Field, state: Sequence[Field], steps: Any, last: ExecutedStep, observed: Any) -> np.ndarray:
-    target = _matrix(last.target[3:])
-    if field.mode == "absolute":
-        return target[:, :2].T.reshape(-1) if field.size == 6 else rotation_log(target)
-    before = _orientation(field, state, steps, last, observed)
-    return rotation_log(before.T @ target if field.frame == "tool" else target @ before.T)
+def delta_between(space: Space, before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Return the action's delta that leads from one configuration to another; inverts `Space.delta`."""
+    delta = space.difference(after, before)
+    if space.rotation:
+        back = conjugate(before[space.linear :])
+        if space.tool_position:
+            delta[: space.linear] = rotate(back, delta[: space.linear])
+        if space.tool_rotation:
+            delta[space.linear :] = rotate(back, delta[space.linear :])
+    return delta
 
 
-def _orientation(field: Field, state: Sequence[Field], steps: Any, last: ExecutedStep, observed: Any) -> np.ndarray:
-    """Return the orientation that a delta adds to."""
-    if field.reference == "measured" or len(last.target) != 7:
-        there = next(f for f in state if f.kind in ROTATIONS)
-        return _rotation_matrix(_slice(state, observed, there))
-    before = _matrix(last.target[3:])
-    for step in reversed(steps):
-        before = rotation_exp(step.delta[3:]).T @ before
-    return before
-
-
-def _part(state: Sequence[Field], observed: np.ndarray, field: Field) -> np.ndarray:
-    """Return the measured value that a delta refers to."""
-    kinds = ROTATIONS if field.kind in ROTATIONS or field.frame == "tool" else (field.kind,)
-    found = [f for f in state if f.kind in kinds]
-    if not found:
-        raise ValueError(f"action.{field.name} is a delta from a measured {' or '.join(kinds)}, which the state lacks")
-    return _slice(state, observed, found[0])
-
-
-def _slice(state: Sequence[Field], observed: np.ndarray, field: Field) -> np.ndarray:
-    start = sum(f.size for f in state[: list(state).index(field)])
-    return np.asarray(observed[start : start + field.size], float)
-
-
-def _rotation_matrix(values: np.ndarray) -> np.ndarray:
-    """Return the matrix of a 6-D rotation (its first two columns, Zhou et al. 2019) or of a rotation vector."""
-    if len(values) == 3:
-        return rotation_exp(values)
-    x = values[:3] / np.linalg.norm(values[:3])
-    y = values[3:] - (values[3:] @ x) * x
-    y /= np.linalg.norm(y)
-    return np.column_stack([x, y, np.cross(x, y)])
+def columns_of(wxyz: np.ndarray) -> np.ndarray:
+    """Return the 6-D form of a rotation: the first two columns of its matrix (Zhou et al., CVPR 2019)."""
+    return np.concatenate([rotate(wxyz, np.array([1.0, 0, 0])), rotate(wxyz, np.array([0, 1.0, 0]))])

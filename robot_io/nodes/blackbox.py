@@ -28,8 +28,11 @@ from robot_io.core.black_box import (
     reaction_of,
     reasons,
     record_name,
+    timeline,
     worst_of,
 )
+from robot_io.core.limits import Robot
+from robot_io.nodes.recorder import robot_of
 from robot_io.nodes.serve import serve
 from robot_io.nodes.topics import (
     APPROVAL,
@@ -40,41 +43,52 @@ from robot_io.nodes.topics import (
     CONTRACT,
     DIAGNOSTICS,
     EXECUTED,
-    GRIPPER,
     GUARD_STATE,
     INSTRUCTION,
-    JOINTS,
     SPEED,
     TAKEOVER,
-    TARGET_POSE,
     TELEOP,
     TELEOP_GRIPPER,
-    TOOL_POSE,
     image_topic,
 )
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
-COMPRESSED = "sensor_msgs/msg/CompressedImage"
 QUALITY = 85  # of the pictures kept: for people, not for training
 IMAGE_SHARE = 0.75  # of the memory
 QUEUE = 320  # a black box misses nothing while it writes
 
-PLAIN: Tuple[Tuple[str, str, Qos], ...] = (
-    (TOOL_POSE, m.POSE, STATE),
-    (JOINTS, m.JOINT_STATE, STATE),
-    (GRIPPER, m.JOINT_TRAJECTORY, COMMAND),
-    (CHUNK, m.CARTESIAN_TRAJECTORY, COMMAND),
-    (CHUNK_GRIPPER, m.JOINT_TRAJECTORY, COMMAND),
-    (TELEOP, m.CARTESIAN_TRAJECTORY, COMMAND),
-    (TELEOP_GRIPPER, m.JOINT_TRAJECTORY, COMMAND),
-    (EXECUTED, m.CARTESIAN_TRAJECTORY, STATE),
-    (INSTRUCTION, m.STRING, LATCHED),
-    (ARM, m.BOOL, STATE),
-    (TAKEOVER, m.STRING, STATE),
-    (SPEED, "std_msgs/msg/Float64", STATE),
-    (APPROVAL, m.BOOL, STATE),
-    (APPROVE, m.STRING, STATE),
-)
+COMMANDS = {
+    "pose": m.POSE,
+    "twist": m.TWIST,
+    "joint_trajectory": m.JOINT_TRAJECTORY,
+    "position_array": m.ARRAY,
+}
+
+
+def topics_of(robot: Robot) -> List[Tuple[str, str, Qos]]:
+    """Return what is kept beside pictures, states and diagnostics."""
+    chunk = m.JOINT_TRAJECTORY if robot.space.name == "joint" else m.CARTESIAN_TRAJECTORY
+    driver = robot.driver
+    found = [
+        (driver.command_topic, COMMANDS[driver.command], COMMAND),
+        (driver.pose_topic, m.POSE, STATE),
+        (driver.joints_topic, m.JOINT_STATE, STATE),
+        (driver.mode_topic, m.STRING, LATCHED),
+        (CHUNK, chunk, COMMAND),
+        (CHUNK_GRIPPER, m.JOINT_TRAJECTORY, COMMAND),
+        (TELEOP, chunk, COMMAND),
+        (TELEOP_GRIPPER, m.JOINT_TRAJECTORY, COMMAND),
+        (EXECUTED, chunk, STATE),
+        (INSTRUCTION, m.STRING, LATCHED),
+        (ARM, m.BOOL, STATE),
+        (TAKEOVER, m.STRING, STATE),
+        (SPEED, m.FLOAT, STATE),
+        (APPROVAL, m.BOOL, STATE),
+        (APPROVE, m.STRING, STATE),
+    ]
+    if driver.gripper == "joint_trajectory":
+        found.append((driver.gripper_topic, m.JOINT_TRAJECTORY, COMMAND))
+    return found
 
 
 class BlackBoxNode:
@@ -83,6 +97,7 @@ class BlackBoxNode:
     def __init__(
         self,
         bus: Bus,
+        robot: Robot,
         folder: Path,
         *,
         seconds: float,
@@ -96,6 +111,7 @@ class BlackBoxNode:
         """Join the graph.
 
         Args:
+            robot: whose topics are kept; its limits are drawn.
             folder: gets one folder per record.
             seconds: what is kept.
             max_memory: of the messages kept [bytes].
@@ -105,7 +121,7 @@ class BlackBoxNode:
             max_records: kept on disk; the oldest goes first.
             max_bytes: of all records on disk.
         """
-        self.bus, self.folder, self._seconds = bus, folder, seconds
+        self.bus, self.robot, self.folder, self._seconds = bus, robot, folder, seconds
         self._image_period, self._max = 1.0 / image_hz, (max_records, max_bytes)
         self._pictures = Ring(seconds, int(IMAGE_SHARE * max_memory))
         self._rest = Ring(seconds, int((1 - IMAGE_SHARE) * max_memory))
@@ -114,21 +130,20 @@ class BlackBoxNode:
         self._latched: Dict[str, Sample] = {}  # what came before the window and still holds
         self._states: List[Tuple[float, Mapping[str, Any]]] = []
         self._diagnostics: Dict[str, Any] = {}
-        self._contract: Dict[str, Any] = {}
+        self._hash = ""  # of the contract
         self._guard_alive = False
         self._writing: Optional[threading.Thread] = None
         self.written: List[Path] = []
-        for topic, type, qos in PLAIN:
+        for topic, type, qos in topics_of(robot):
             bus.subscribe(topic, type, _deep(qos), self._keeper(topic, type))
+        bus.on_liveliness(robot.driver.command_topic, self._on_guard_liveliness)
+        for camera in robot.cameras:
+            topic = image_topic(camera)
+            bus.subscribe(topic, m.IMAGE, SENSOR, self._picture_taker(topic))
         bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_state)
         bus.subscribe(CONTRACT, m.STRING, LATCHED, self._on_contract)
         bus.subscribe(DIAGNOSTICS, m.DIAGNOSTICS, STATE, self._on_diagnostics)
-        self._watch_command(TARGET_POSE, m.POSE)
         bus.timer(0.2, self._write_due)
-
-    def _watch_command(self, topic: str, type: str) -> None:
-        self.bus.subscribe(topic, type, _deep(COMMAND), self._keeper(topic, type))
-        self.bus.on_liveliness(topic, self._on_guard_liveliness)
 
     def stop(self) -> None:
         """Write what waits, then leave."""
@@ -144,6 +159,9 @@ class BlackBoxNode:
 
     def _keeper(self, topic: str, type: str) -> Callable[[Any], None]:
         return lambda message: self._keep(topic, type, message)
+
+    def _picture_taker(self, topic: str) -> Callable[[Any], None]:
+        return lambda message: self._on_image(topic, message)
 
     def _keep(self, topic: str, type: str, message: Any) -> None:
         self._rest.add(self._sample(topic, type, message))
@@ -164,9 +182,11 @@ class BlackBoxNode:
         if data is None:
             self._pictures.add(self._sample(topic, m.IMAGE, message))
             return
-        kept = TYPES.types[COMPRESSED](header=plain(message.header, "std_msgs/msg/Header"), format="jpeg", data=data)
-        encoded = bytes(TYPES.serialize_cdr(kept, COMPRESSED))
-        self._pictures.add(Sample(now, f"{topic}/compressed", COMPRESSED, encoded))
+        kept = TYPES.types[m.COMPRESSED_IMAGE](
+            header=plain(message.header, "std_msgs/msg/Header"), format="jpeg", data=data
+        )
+        encoded = bytes(TYPES.serialize_cdr(kept, m.COMPRESSED_IMAGE))
+        self._pictures.add(Sample(now, f"{topic}/compressed", m.COMPRESSED_IMAGE, encoded))
 
     def _on_state(self, message: Any) -> None:
         now = self.bus.now()
@@ -187,20 +207,11 @@ class BlackBoxNode:
     def _on_contract(self, message: Any) -> None:
         try:
             contract = m.json_from_ros(message)
-            cameras = [camera["name"] for camera in contract["embodiment"]["cameras"]]
+            self._hash = str(contract["hash"])
         except (ValueError, KeyError, TypeError) as e:
             self.bus.log("error", f"{CONTRACT}: {e}")
             return
         self._latched[CONTRACT] = self._sample(CONTRACT, m.STRING, message)
-        if not self._contract:
-            self._contract = contract
-            for camera in cameras:
-                self.watch_camera(camera)
-
-    def watch_camera(self, camera: str) -> None:
-        """Keep a camera's pictures, too."""
-        topic = image_topic(camera)
-        self.bus.subscribe(topic, m.IMAGE, SENSOR, lambda message: self._on_image(topic, message))
 
     def _on_diagnostics(self, message: Any) -> None:
         self._keep(DIAGNOSTICS, m.DIAGNOSTICS, message)
@@ -225,15 +236,14 @@ class BlackBoxNode:
     def _job(self, burst: Sequence[Reaction]) -> Dict[str, Any]:
         """Freeze what a record shows; what arrives from now on is not in it."""
         samples = sorted([*self._latched.values(), *self._rest.samples(), *self._pictures.samples()], key=_time)
-        embodiment = self._contract.get("embodiment") or {}
         about = {
-            "embodiment": embodiment.get("name"),
-            "contract": self._contract.get("hash"),
+            "embodiment": self.robot.name,
+            "contract": self._hash,
             "seconds": self._seconds,
             "left_out_for_memory": {"pictures": self._pictures.evicted, "messages": self._rest.evicted},
         }
         values = reasons(burst, samples, list(self._states), dict(self._diagnostics), about)
-        return {"burst": burst, "samples": samples, "reasons": values, "embodiment": embodiment}
+        return {"burst": burst, "samples": samples, "reasons": values, "robot": self.robot}
 
     def _write(self, burst: Sequence[Reaction]) -> None:
         self._run(self._job(burst))
@@ -301,7 +311,7 @@ def write_record(
     burst: Sequence[Reaction],
     samples: Sequence[Sample],
     reasons: Mapping[str, Any],
-    embodiment: Mapping[str, Any],
+    robot: Robot,
 ) -> Path:
     """Write one record and return its folder.
 
@@ -318,7 +328,7 @@ def write_record(
     try:
         write_bag(partial / "bag", samples)
         (partial / REASONS).write_text(json.dumps(_finite(reasons), indent=1, allow_nan=False), encoding="utf-8")
-        draw(partial / "overview.png", burst, samples, reasons["states"], embodiment)
+        draw(partial / "overview.png", burst, samples, reasons["states"], robot)
         partial.rename(record)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -340,11 +350,8 @@ def write_bag(path: Path, samples: Sequence[Sample]) -> None:
     from rosbags.rosbag2 import StoragePlugin, Writer
 
     with Writer(path, version=9, storage_plugin=StoragePlugin.MCAP) as bag:
-        connections = {
-            (s.topic, s.type): None for s in samples  # in order of appearance
-        }
-        for topic, type in connections:
-            connections[topic, type] = bag.add_connection(topic, type, typestore=TYPES)
+        kinds = dict.fromkeys((s.topic, s.type) for s in samples)
+        connections = {kind: bag.add_connection(*kind, typestore=TYPES) for kind in kinds}
         for s in samples:
             bag.write(connections[s.topic, s.type], round(s.time * 1e9), s.data)
 
@@ -391,7 +398,7 @@ def draw(
     burst: Sequence[Reaction],
     samples: Sequence[Sample],
     states: Sequence[Mapping[str, Any]],
-    embodiment: Mapping[str, Any],
+    robot: Robot,
 ) -> None:
     """Draw commands, their speed against its limit, the gripper and the states over time, the moments marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -400,76 +407,78 @@ def draw(
     moment = worst_of(burst).time
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots(4, 1, sharex=True, height_ratios=[4, 3, 1.5, 0.7])
-    command, sent = _command_series(samples)
-    measured, executed = series_of(samples, TOOL_POSE), series_of(samples, EXECUTED)
-    if command == JOINT_COMMAND:
-        measured, executed = series_of(samples, JOINTS), executed
-    for i in range(sent[1].shape[1]):
-        axes[0].plot(sent[0] - moment, sent[1][:, i], color=f"C{i}", label=f"sent {_axis(i, sent[1].shape[1])}")
-    for i in range(min(measured[1].shape[1], sent[1].shape[1] or 3)):
-        axes[0].plot(measured[0] - moment, measured[1][:, i], color=f"C{i}", alpha=0.4, lw=2.5)
-    for i in range(min(executed[1].shape[1], sent[1].shape[1])):
-        axes[0].plot(executed[0] - moment, executed[1][:, i], ".", color=f"C{i}", ms=2)
-    axes[0].set_ylabel("position\n(line sent, wide measured,\ndots goals)")
-    if len(sent[0]):
-        axes[0].legend(loc="upper left", ncols=4, fontsize=8)
-    _draw_speed(axes[1], sent, moment, embodiment)
-    gripper = series_of(samples, GRIPPER)
+    sent = series_of(samples, robot.driver.command_topic)
+    _draw_motion(axes[0], sent, samples, robot, moment)
+    _draw_speed(axes[1], sent, robot, moment)
+    gripper = series_of(samples, robot.driver.gripper_topic)
     if len(gripper[0]):
         axes[2].step(gripper[0] - moment, gripper[1], where="post", marker=".")
     axes[2].set_ylabel("gripper\ncommand")
-    edges = [s["time"] for s in states] + [max([moment, *(s.time for s in samples[-1:])])]
+    last = max([moment, *(s.time for s in samples[-1:])])
+    edges = [*(s["time"] for s in states), last]
     for state, begin, end in zip(states, edges[:-1], edges[1:], strict=True):
         axes[3].axvspan(begin - moment, end - moment, color=COLORS.get(state.get("state", ""), "white"))
     axes[3].set_yticks([])
     axes[3].set_ylabel("state")
-    axes[3].set_xlabel("s, 0 = the reaction")
+    axes[3].set_xlabel("s, 0 = the reaction; grey IDLE, green ARMED, orange HOLDING, red FAULT")
     for axis in axes:
         for r in burst:
             axis.axvline(r.time - moment, color="k", lw=1, ls="--")
-    if samples:
-        axes[0].set_xlim(samples[0].time - moment, samples[-1].time - moment)
+    times = [s.time for s in samples if s.type not in LATCHED_TYPES] or [moment]
+    axes[0].set_xlim(min(times) - moment - 0.1, max(*times, moment) - moment + 0.1)
     figure.suptitle("\n".join(f"{r.reaction} at {r.time - moment:+.3f} s: {r.reason}" for r in burst[:6]), fontsize=10)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=100)
 
 
-JOINT_COMMAND = "joint command"
+LATCHED_TYPES = (m.STRING,)  # may have come long before
 
 
-def _command_series(samples: Sequence[Sample]) -> Tuple[str, Series]:
-    return TARGET_POSE, series_of(samples, TARGET_POSE)
+def _draw_motion(axis: Any, sent: Series, samples: Sequence[Sample], robot: Robot, moment: float) -> None:
+    joint = robot.space.name == "joint"
+    measured = series_of(samples, robot.driver.joints_topic if joint else robot.driver.pose_topic)
+    goals = series_of(samples, EXECUTED)
+    count = robot.space.linear
+    for i in range(count):
+        if i < sent[1].shape[1]:
+            axis.plot(sent[0] - moment, sent[1][:, i], color=f"C{i}", label=robot.space.axes[i])
+        if i < measured[1].shape[1] and not joint:
+            axis.plot(measured[0] - moment, measured[1][:, i], color=f"C{i}", alpha=0.4, lw=2.5)
+        if i < goals[1].shape[1]:
+            axis.plot(goals[0] - moment, goals[1][:, i], ".", color=f"C{i}", ms=2)
+    axis.set_ylabel("sent (line), goals (dots)" + (", rad" if joint else ",\nmeasured (wide), m"))
+    if sent[1].shape[1]:
+        axis.legend(loc="upper left", ncols=4, fontsize=8)
 
 
-def _axis(i: int, count: int) -> str:
-    return "xyz"[i] if count == 3 else f"joint {i}"
-
-
-def _draw_speed(axis: Any, sent: Series, moment: float, embodiment: Mapping[str, Any]) -> None:
+def _draw_speed(axis: Any, sent: Series, robot: Robot, moment: float) -> None:
+    """Draw each group's speed as a share of its limit, by the time of arrival: what the wire did to it is in it."""
     t, values = sent
-    if len(t) > 2:
-        dt = np.maximum(np.diff(t), 1e-4)
-        speed = np.linalg.norm(np.diff(values, axis=0), axis=1) / dt
-        axis.plot(t[1:] - moment, np.where(dt < 0.05, speed, np.nan), lw=1)
-    limit = (embodiment.get("limits") or {}).get("max_speed")
-    if limit is not None:
-        axis.axhline(limit, color="r", ls=":", label=f"limit {limit:g} m/s")
-        axis.legend(loc="upper left", fontsize=8)
-    axis.set_ylabel("speed of what was\nsent, by arrival [m/s]")
+    count = robot.space.linear
+    if len(t) > 2 and robot.bounds is not None and values.shape[1] >= count:
+        dt = np.maximum(np.diff(t), 1e-4)[:, None]
+        rate = values[1:, :count] if robot.driver.command == "twist" else np.diff(values[:, :count], axis=0) / dt
+        tangent = np.zeros((len(rate), robot.space.tangent))
+        tangent[:, :count] = rate
+        shares = np.array([robot.bounds.norms(row) / robot.bounds.speed for row in tangent])
+        shares[dt[:, 0] > 0.05] = np.nan
+        axis.plot(t[1:] - moment, shares, lw=1)
+    axis.axhline(1.0, color="r", ls=":", label="limit")
+    axis.legend(loc="upper left", fontsize=8)
+    axis.set_ylabel("speed of what was sent,\nshare of its limit")
 
 
-def run(*, bus: Mapping[str, Any], folder: str, show: Optional[str] = None, **values: Any) -> None:
+def run(*, bus: Mapping[str, Any], embodiment: str, folder: str, show: Optional[str] = None, **values: Any) -> None:
     """Run the black box until it is stopped, or show a record.
 
     Args:
         bus: arguments of `open_bus`.
+        embodiment: shipped name or YAML file.
         folder: gets the records.
         show: a record's folder: print its timeline and leave.
         values: as in `BlackBoxNode`.
     """
     if show is not None:
-        from robot_io.core.black_box import timeline
-
         print("\n".join(timeline(Path(show))))
         return
-    serve(BlackBoxNode(open_bus(name="blackbox", **bus), Path(folder), **values))
+    serve(BlackBoxNode(open_bus(name="blackbox", **bus), robot_of(embodiment), Path(folder), **values))

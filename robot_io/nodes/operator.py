@@ -26,7 +26,6 @@ from robot_io.nodes.topics import (
     TAKEOVER,
 )
 
-FLOAT = "std_msgs/msg/Float64"
 SLOW = 0.25  # of the limits, in slow mode
 ANSWER_S = 5.0  # for a one-shot command
 RECORD_COMMANDS = ("start", "stop", "discard", "seal")
@@ -51,7 +50,7 @@ class Console:
         self.latency: Optional[float] = None  # [s], of the newest executed chunk
         self._executed: Optional[float] = None
         self._arm = bus.publisher(ARM, m.BOOL, STATE)
-        self._speed = bus.publisher(SPEED, FLOAT, STATE)
+        self._speed = bus.publisher(SPEED, m.FLOAT, STATE)
         self._approval = bus.publisher(APPROVAL, m.BOOL, STATE)
         self._approve = bus.publisher(APPROVE, m.STRING, STATE)
         self._takeover = bus.publisher(TAKEOVER, m.STRING, STATE)
@@ -78,7 +77,7 @@ class Console:
         if not 0 < scale <= 1:
             raise ValueError(f"speed: a scale in (0, 1], got {scale}")
         self.speed = scale
-        self._speed.publish(self.bus.msg(FLOAT, data=float(scale)))
+        self._speed.publish(self.bus.msg(m.FLOAT, data=float(scale)))
 
     def set_approval(self, on: bool) -> None:
         """Let chunks wait for approval, or not."""

@@ -4,28 +4,35 @@
 """
 
 import time
-from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Protocol
+from typing import Any, Dict, List, Mapping, Optional, Protocol, Sequence
 
 import numpy as np
 
 from robot_io import messages as m
-from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, Bus, Qos, open_bus
+from robot_io.bus import LATCHED, SENSOR, STATE, Bus, Qos, open_bus
 from robot_io.core.limits import Robot, parse_robot
-from robot_io.core.recorder import Frames, RecordError, RecorderConfig, SentStep, Take, source_of
+from robot_io.core.recorder import (
+    Frames,
+    RecordError,
+    RecorderConfig,
+    Take,
+    action_of,
+    check_recordable,
+    columns_of,
+    source_of,
+)
+from robot_io.core.space import logarithm
 from robot_io.nodes.serve import serve
 from robot_io.nodes.topics import (
     EXECUTED,
-    GRIPPER,
     GUARD_STATE,
     INSTRUCTION,
     JOINTS,
     RECORD,
     RECORD_STATE,
     TOOL_POSE,
-    gripper_quantity,
     image_topic,
-    is_tool,
+    joint_names,
 )
 
 QUEUE = 320  # commands and steps are missed by nobody who writes a file
@@ -66,6 +73,7 @@ class RecorderNode:
             instruction: of episodes for which none was given and none is on the topic.
             session: names this run's episodes in the store.
         """
+        check_recordable(robot)
         self.bus, self.robot, self._sink, self._config = bus, robot, sink, config
         self._session, self._number = session, 0
         self._default, self._heard, self._instruction = instruction, "", ""
@@ -73,18 +81,16 @@ class RecorderNode:
         self._frames: Optional[Frames] = None  # finished, not yet stored: the disk was full
         self._guard: Dict[str, Any] = {}
         self._latest: Dict[str, Any] = {}  # newest (stamp, value) of each source: a take begins with them
-        self._grip: Optional[tuple] = None
         self._reason = f"writing as session {session}"
         self._last: Dict[str, Any] = {}  # the episode stored last
         self._shown: Dict[str, Any] = {}
         self._state = bus.publisher(RECORD_STATE, m.STRING, LATCHED)
         for camera in robot.cameras:
             bus.subscribe(image_topic(camera), m.IMAGE, SENSOR, self._image_callback(camera))
-        bus.subscribe(TOOL_POSE, m.POSE, _deep(STATE), self._on_pose)
-        bus.subscribe(JOINTS, m.JOINT_STATE, _deep(STATE), self._on_joints)
-        bus.subscribe(EXECUTED, m.CARTESIAN_TRAJECTORY, _deep(STATE), self._on_executed)
-        if robot.gripper is not None:
-            bus.subscribe(GRIPPER, m.JOINT_TRAJECTORY, _deep(COMMAND), self._on_gripper)
+        bus.subscribe(robot.driver.pose_topic, m.POSE, _deep(STATE), self._on_pose)
+        bus.subscribe(robot.driver.joints_topic, m.JOINT_STATE, _deep(STATE), self._on_joints)
+        trajectory = m.JOINT_TRAJECTORY if robot.space.name == "joint" else m.CARTESIAN_TRAJECTORY
+        bus.subscribe(EXECUTED, trajectory, _deep(STATE), self._on_executed)
         bus.subscribe(INSTRUCTION, m.STRING, LATCHED, self._on_instruction)
         bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_guard)
         bus.subscribe(RECORD, m.STRING, STATE, self._on_command)
@@ -133,13 +139,13 @@ class RecorderNode:
             self._take.offer(source, stamp, value)
 
     def _sources(self) -> List[str]:
-        return [*self.robot.cameras, *state_sources(self.robot)]
+        return [*self.robot.cameras, *sources_of(self.robot)]
 
     def _on_executed(self, message: Any) -> None:
         if self._take is None:
             return
         try:
-            self._take.step(m.executed_from_ros(message, self._turns))
+            self._take.step(m.executed_from_ros(message, self.robot.space.rotation))
         except (ValueError, IndexError) as e:
             self._end(f"E_VALUE: {EXECUTED}: {e}")
 
@@ -177,7 +183,7 @@ class RecorderNode:
             self._say(f"refused: no instruction; give one with start, on {INSTRUCTION} or as instruction=...")
             return
         self._instruction = instruction
-        self._take = Take(self.robot.cameras, state_sources(self.robot), self._config)
+        self._take = Take(self.robot.cameras, sources_of(self.robot), self._config)
         for source, (stamp, value) in self._latest.items():
             self._take.offer(source, stamp, value)
         self._say(f"{self._name()}: {instruction}")
@@ -274,8 +280,51 @@ class RecorderNode:
     def _state_of(self, values: Mapping[str, Any]) -> np.ndarray:
         return state_of(self.robot, values)
 
-    def _action_of(self, steps: Any, last: Any, observed: np.ndarray) -> np.ndarray:
-        return action_of(self.robot.action, self.robot.state, steps, last, observed)
+    def _action_of(self, steps: Any, last: Any, values: Mapping[str, Any]) -> np.ndarray:
+        needs = self.robot.motion.reference == "measured"
+        return action_of(self.robot, steps, last, measured_of(self.robot, values) if needs else None)
+
+
+def sources_of(robot: Robot) -> List[str]:
+    """Return the topics that state and actions are made of."""
+    kinds = [f.kind for f in robot.state]
+    if robot.motion.reference == "measured":
+        kinds += [robot.motion.kind]
+    tool = any(kind.startswith("ee_") for kind in kinds)
+    joints = any(not kind.startswith("ee_") for kind in kinds)
+    return [TOOL_POSE] * tool + [JOINTS] * joints
+
+
+def state_of(robot: Robot, values: Mapping[str, Any]) -> np.ndarray:
+    """Return the state [s] from a tool pose (position, quaternion wxyz) and joints by name.
+
+    Raises:
+        RecordError: E_JOINTS: a name is missing; shows both lists.
+    """
+    parts = []
+    for field in robot.state:
+        if field.kind == "ee_position":
+            parts.append(values[TOOL_POSE][0])
+        elif field.kind.startswith("ee_rotation"):
+            wxyz = values[TOOL_POSE][1]
+            parts.append(columns_of(wxyz) if field.kind == "ee_rotation_6d" else logarithm(wxyz))
+        else:
+            parts.append(_by_name(values[JOINTS], joint_names(field), field.name))
+    return np.concatenate(parts)
+
+
+def measured_of(robot: Robot, values: Mapping[str, Any]) -> np.ndarray:
+    """Return the measured configuration; raises as `state_of`."""
+    if robot.space.name == "joint":
+        return _by_name(values[JOINTS], robot.driver.joints, robot.motion.name)
+    position, wxyz = values[TOOL_POSE]
+    return np.concatenate([position, wxyz]) if robot.space.rotation else position
+
+
+def _by_name(joints: Mapping[str, float], names: Sequence[str], what: str) -> np.ndarray:
+    if set(names) - set(joints):
+        raise RecordError(f"E_JOINTS: {JOINTS} has {', '.join(joints)}; {what} needs {', '.join(names)}")
+    return np.array([joints[name] for name in names])
 
 
 def _deep(qos: Qos) -> Qos:
@@ -324,6 +373,17 @@ class ZarrSink:
         self._store.close()
 
 
+def robot_of(embodiment: str) -> Robot:
+    """Load a robot by the embodiment's shipped name or from its YAML file.
+
+    Raises:
+        ValueError: no such embodiment, or it makes no sense.
+    """
+    from dita.embodiment import embodiment_to_dict, load_embodiment
+
+    return parse_robot(embodiment_to_dict(load_embodiment(embodiment)), need_limits=False)
+
+
 def run(
     *,
     bus: Mapping[str, Any],
@@ -350,7 +410,7 @@ def run(
         state_gap, action_gap, max_seconds: as in `RecorderConfig`.
         max_memory: of an episode's pictures [bytes].
     """
-    from dita.embodiment import embodiment_to_dict, load_embodiment
+    from dita.embodiment import load_embodiment
 
     spec = load_embodiment(embodiment)
     config = RecorderConfig(
@@ -364,5 +424,4 @@ def run(
     sink = ZarrSink(store, embodiment, f"live recording of {spec.name}", "unknown", codec, exist)
     opened = open_bus(name="recorder", **bus)
     session = time.strftime("%Y%m%dT%H%M%S", time.gmtime(opened.now()))
-    robot = parse_robot(embodiment_to_dict(spec))
-    serve(RecorderNode(opened, robot, sink, config, instruction=instruction, session=session))
+    serve(RecorderNode(opened, robot_of(embodiment), sink, config, instruction=instruction, session=session))

@@ -17,6 +17,14 @@ ARM = "/dita/arm"  # operator -> guard
 GUARD_STATE = "/dita/state"  # guard -> all
 EPISODE = "/dita/episode"  # operator -> twin: reset
 EPISODE_STATE = "/dita/episode_state"  # twin -> operator
+TELEOP = "/dita/teleop"  # human -> guard, as CHUNK
+TELEOP_GRIPPER = "/dita/teleop_gripper"  # human -> guard, as CHUNK_GRIPPER
+TAKEOVER = "/dita/takeover"  # human -> guard: whose chunks count
+SPEED = "/dita/speed"  # operator -> guard: scale of the limits
+APPROVAL = "/dita/approval"  # operator -> guard: chunks wait for approval, or not
+APPROVE = "/dita/approve"  # operator -> guard: this chunk may go
+RECORD = "/dita/record"  # operator -> recorder
+RECORD_STATE = "/dita/record_state"  # recorder -> all, latched
 DIAGNOSTICS = "/diagnostics"
 
 BASE_FRAME = "base_link"
