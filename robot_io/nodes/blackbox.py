@@ -327,13 +327,25 @@ def write_record(
     partial.mkdir()
     try:
         write_bag(partial / "bag", samples)
-        (partial / REASONS).write_text(json.dumps(_finite(reasons), indent=1, allow_nan=False), encoding="utf-8")
-        draw(partial / "overview.png", burst, samples, reasons["states"], robot)
+        picture = _drawn(partial / "overview.png", burst, samples, reasons["states"], robot)
+        text = json.dumps(_finite({**reasons, "picture": picture}), indent=1, allow_nan=False)
+        (partial / REASONS).write_text(text, encoding="utf-8")
         partial.rename(record)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return record
+
+
+def _drawn(path: Path, *what: Any) -> str:
+    """Draw, and return the file's name or why there is none: a picture that fails must not cost the record."""
+    try:
+        draw(path, *what)
+    except OSError:
+        raise
+    except Exception as e:
+        return f"none: {type(e).__name__}: {e}"
+    return path.name
 
 
 def _finite(values: Any) -> Any:
@@ -368,7 +380,7 @@ def series_of(samples: Sequence[Sample], topic: str) -> Series:
             if row is not None and (not rows or len(row) == len(rows[0])):
                 times.append(s.time)
                 rows.append(row)
-    return np.array(times), np.array(rows, float).reshape(len(rows), -1)
+    return np.array(times), np.array(rows, float).reshape(len(rows), len(rows[0]) if rows else 0)
 
 
 def _numbers(message: Any, type: str) -> Optional[np.ndarray]:
