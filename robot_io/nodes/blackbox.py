@@ -32,7 +32,7 @@ from robot_io.core.black_box import (
     worst_of,
 )
 from robot_io.core.limits import Robot
-from robot_io.nodes.recorder import robot_of
+from robot_io.nodes.guard import load_robot
 from robot_io.nodes.serve import serve
 from robot_io.nodes.topics import (
     APPROVAL,
@@ -49,28 +49,22 @@ from robot_io.nodes.topics import (
     TAKEOVER,
     TELEOP,
     TELEOP_GRIPPER,
+    chunk_type,
+    command_type,
     image_topic,
 )
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
 QUALITY = 85  # of the pictures kept: for people, not for training
 IMAGE_SHARE = 0.75  # of the memory
+GAP_S = 0.05  # between two commands: no speed is drawn across it
 QUEUE = 320  # a black box misses nothing while it writes
-
-COMMANDS = {
-    "pose": m.POSE,
-    "twist": m.TWIST,
-    "joint_trajectory": m.JOINT_TRAJECTORY,
-    "position_array": m.ARRAY,
-}
-
 
 def topics_of(robot: Robot) -> List[Tuple[str, str, Qos]]:
     """Return what is kept beside pictures, states and diagnostics."""
-    chunk = m.JOINT_TRAJECTORY if robot.space.name == "joint" else m.CARTESIAN_TRAJECTORY
-    driver = robot.driver
+    chunk, driver = chunk_type(robot), robot.driver
     found = [
-        (driver.command_topic, COMMANDS[driver.command], COMMAND),
+        (driver.command_topic, command_type(robot), COMMAND),
         (driver.pose_topic, m.POSE, STATE),
         (driver.joints_topic, m.JOINT_STATE, STATE),
         (driver.mode_topic, m.STRING, LATCHED),
@@ -372,13 +366,17 @@ Series = Tuple[np.ndarray, np.ndarray]  # t [n], values [n d]
 
 
 def series_of(samples: Sequence[Sample], topic: str) -> Series:
-    """Return a topic's numbers over time: positions of poses and joints, targets, or speeds."""
+    """Return a topic's numbers over time: positions of poses and joints, targets, or speeds.
+
+    The time is the message's own stamp, or that of arrival where it has none.
+    """
     times, rows = [], []
     for s in samples:
         if s.topic == topic:
-            row = _numbers(TYPES.deserialize_cdr(s.data, s.type), s.type)
+            message = TYPES.deserialize_cdr(s.data, s.type)
+            row = _numbers(message, s.type)
             if row is not None and (not rows or len(row) == len(rows[0])):
-                times.append(s.time)
+                times.append(m.stamp_of(message) if hasattr(message, "header") else s.time)
                 rows.append(row)
     return np.array(times), np.array(rows, float).reshape(len(rows), len(rows[0]) if rows else 0)
 
@@ -464,7 +462,7 @@ def _draw_motion(axis: Any, sent: Series, samples: Sequence[Sample], robot: Robo
 
 
 def _draw_speed(axis: Any, sent: Series, robot: Robot, moment: float) -> None:
-    """Draw each group's speed as a share of its limit, by the time of arrival: what the wire did to it is in it."""
+    """Draw each group's speed as a share of its limit."""
     t, values = sent
     count = robot.space.linear
     if len(t) > 2 and robot.bounds is not None and values.shape[1] >= count:
@@ -473,19 +471,19 @@ def _draw_speed(axis: Any, sent: Series, robot: Robot, moment: float) -> None:
         tangent = np.zeros((len(rate), robot.space.tangent))
         tangent[:, :count] = rate
         shares = np.array([robot.bounds.norms(row) / robot.bounds.speed for row in tangent])
-        shares[dt[:, 0] > 0.05] = np.nan
+        shares[dt[:, 0] > GAP_S] = np.nan
         axis.plot(t[1:] - moment, shares, lw=1)
     axis.axhline(1.0, color="r", ls=":", label="limit")
     axis.legend(loc="upper left", fontsize=8)
     axis.set_ylabel("speed of what was sent,\nshare of its limit")
 
 
-def run(*, bus: Mapping[str, Any], embodiment: str, folder: str, show: Optional[str] = None, **values: Any) -> None:
+def run(*, bus: Mapping[str, Any], embodiment: Any, folder: str, show: Optional[str] = None, **values: Any) -> None:
     """Run the black box until it is stopped, or show a record.
 
     Args:
         bus: arguments of `open_bus`.
-        embodiment: shipped name or YAML file.
+        embodiment: the robot's file or plain values.
         folder: gets the records.
         show: a record's folder: print its timeline and leave.
         values: as in `BlackBoxNode`.
@@ -493,4 +491,4 @@ def run(*, bus: Mapping[str, Any], embodiment: str, folder: str, show: Optional[
     if show is not None:
         print("\n".join(timeline(Path(show))))
         return
-    serve(BlackBoxNode(open_bus(name="blackbox", **bus), robot_of(embodiment), Path(folder), **values))
+    serve(BlackBoxNode(open_bus(name="blackbox", **bus), load_robot(embodiment)[0], Path(folder), **values))

@@ -10,13 +10,13 @@ import numpy as np
 
 from robot_io import messages as m
 from robot_io.bus import COMMAND, LATCHED, STATE, Bus, open_bus
-from robot_io.core.limits import Robot, parse_robot
+from robot_io.core.limits import Robot
+from robot_io.nodes.guard import load_robot
 from robot_io.nodes.topics import (
     APPROVAL,
     APPROVE,
     ARM,
     CHUNK,
-    CONTRACT,
     DIAGNOSTICS,
     EXECUTED,
     GUARD_STATE,
@@ -24,9 +24,12 @@ from robot_io.nodes.topics import (
     RECORD_STATE,
     SPEED,
     TAKEOVER,
+    chunk_type,
 )
 
 SLOW = 0.25  # of the limits, in slow mode
+SETTLE_S = 0.5  # until endpoints have found each other
+KEPT = 100  # chunks, of which one may wait for approval
 ANSWER_S = 5.0  # for a one-shot command
 RECORD_COMMANDS = ("start", "stop", "discard", "seal")
 
@@ -39,14 +42,13 @@ HELP = (
 class Console:
     """What an operator may order and what the graph says about itself; used by the console, teleop and `record`."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, robot: Robot) -> None:
         self.bus = bus
         self.guard: Dict[str, Any] = {}  # /dita/state
         self.record: Dict[str, Any] = {}  # /dita/record_state
         self.diagnostics: Dict[str, Dict[str, Any]] = {}
-        self.robot: Optional[Robot] = None
-        self.speed, self.approval, self.takeover = 1.0, False, False
-        self.chunk: Any = None  # the newest
+        self.robot = robot
+        self.chunks: Dict[int, Any] = {}  # the newest ones of the policy, by id
         self.latency: Optional[float] = None  # [s], of the newest executed chunk
         self._executed: Optional[float] = None
         self._arm = bus.publisher(ARM, m.BOOL, STATE)
@@ -57,10 +59,24 @@ class Console:
         self._record = bus.publisher(RECORD, m.STRING, STATE)
         bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._json(self._on_guard))
         bus.subscribe(RECORD_STATE, m.STRING, LATCHED, self._json(self._on_record))
-        bus.subscribe(CONTRACT, m.STRING, LATCHED, self._json(self._on_contract))
         bus.subscribe(DIAGNOSTICS, m.DIAGNOSTICS, STATE, self._on_diagnostics)
-        bus.subscribe(CHUNK, m.CARTESIAN_TRAJECTORY, COMMAND, self._on_chunk)
-        bus.subscribe(EXECUTED, m.CARTESIAN_TRAJECTORY, STATE, self._on_executed)
+        bus.subscribe(CHUNK, chunk_type(robot), COMMAND, self._on_chunk)
+        bus.subscribe(EXECUTED, chunk_type(robot), STATE, self._on_executed)
+
+    @property
+    def speed(self) -> float:
+        """Return the scale of the limits, as the guard says."""
+        return float(self.guard.get("speed", 1.0))
+
+    @property
+    def approval(self) -> bool:
+        """Return whether chunks wait for approval, as the guard says."""
+        return bool(self.guard.get("approval"))
+
+    @property
+    def pending(self) -> Optional[int]:
+        """Return the chunk that waits."""
+        return self.guard.get("pending")
 
     # ---- orders
 
@@ -76,12 +92,10 @@ class Console:
         """
         if not 0 < scale <= 1:
             raise ValueError(f"speed: a scale in (0, 1], got {scale}")
-        self.speed = scale
         self._speed.publish(self.bus.msg(m.FLOAT, data=float(scale)))
 
     def set_approval(self, on: bool) -> None:
         """Let chunks wait for approval, or not."""
-        self.approval = on
         self._approval.publish(self.bus.msg(m.BOOL, data=on))
 
     def approve(self, chunk: int) -> None:
@@ -90,7 +104,6 @@ class Console:
 
     def take_over(self, active: bool) -> None:
         """Give the arm to a human, or back to the policy."""
-        self.takeover = active
         self._takeover.publish(m.json_to_ros(self.bus.msg, {"active": active}))
 
     def order_record(self, command: str, **values: Any) -> None:
@@ -115,19 +128,25 @@ class Console:
     def _on_record(self, values: Dict[str, Any]) -> None:
         self.record = dict(values)
 
-    def _on_contract(self, values: Dict[str, Any]) -> None:
-        self.robot = parse_robot(values["embodiment"])
-
     def _on_diagnostics(self, message: Any) -> None:
         self.diagnostics.update(m.diagnostics_from_ros(message))
 
     def _on_chunk(self, message: Any) -> None:
-        self.chunk = message
+        try:
+            self.chunks[m.chunk_id_of(message)] = message
+        except ValueError as e:
+            self.bus.log("error", f"{CHUNK}: {e}")
+        while len(self.chunks) > KEPT:
+            del self.chunks[next(iter(self.chunks))]
 
     def _on_executed(self, message: Any) -> None:
-        stamp = m.stamp_of(message)
-        if stamp != self._executed:
-            self._executed, self.latency = stamp, self.bus.now() - stamp
+        try:
+            step = m.executed_from_ros(message, self.robot.space.rotation)
+        except (ValueError, IndexError) as e:
+            self.bus.log("error", f"{EXECUTED}: {e}")
+            return
+        if step.chunk != self._executed:
+            self._executed, self.latency = step.chunk, self.bus.now() - step.chunk
 
     def wait(
         self,
@@ -203,47 +222,63 @@ def read_keys(file: int) -> List[str]:
 
 
 def one_shot(console: Console, command: str) -> str:
-    """Give one order, wait for the answer and return it as a line.
+    """Give one order, wait until it is followed and return what the guard or the recorder then says.
 
     Args:
-        command: arm, disarm, takeover, handback, slow, speed:0.3, approval:on, approval:off, approve:17, status,
-            record:start, record:stop, record:fail, record:discard, record:seal.
+        command: arm, disarm, takeover, handback, slow, speed:0.3, approval:on, approval:off, approve:17,
+            record:start, record:stop, record:fail, record:discard, record:seal, status.
 
     Raises:
-        ValueError: no such command, or the guard refused.
-        TimeoutError: nobody answered.
+        ValueError: no such command, or a number that is none.
+        TimeoutError: it was not followed; with the reason that was given.
     """
     name, _, value = command.partition(":")
-    wait = console.wait
-    wait(lambda: bool(console.guard) or name == "record", ANSWER_S, f"{GUARD_STATE} of the guard")
-    if name in ("arm", "disarm"):
-        wanted = "ARMED" if name == "arm" else "IDLE"
-        wait(lambda: console.guard.get("state") == wanted, ANSWER_S, name, lambda: console.arm(name == "arm"))
-    elif name in ("takeover", "handback"):
-        _repeat(console, lambda: console.take_over(name == "takeover"))
-    elif name in ("slow", "speed"):
-        scale = SLOW if name == "slow" else _number(command, value)
-        _repeat(console, lambda: console.set_speed(scale))
-    elif name == "approval" and value in ("on", "off"):
-        _repeat(console, lambda: console.set_approval(value == "on"))
-    elif name == "approve":
-        console.approve(int(_number(command, value)))
-        console.bus.spin(0.5)
-    elif name == "record" and value in (*RECORD_COMMANDS, "fail"):
-        before = dict(console.record)
-        orders = {"fail": {"command": "stop", "success": False}, "stop": {"command": "stop", "success": True}}
-        order = orders.get(value, {"command": value})
-        wait(lambda: bool(console.record), ANSWER_S, f"{RECORD_STATE} of the recorder")
-        before = dict(console.record)
-        console.order_record(**order)
-        wait(lambda: console.record != before, ANSWER_S, command)
-        return record_line(console.record)
-    elif name != "status":
-        raise ValueError(
-            f"no command {command!r}; there are arm, disarm, takeover, handback, slow, speed:S, approval:on|off, "
-            f"approve:CHUNK, record:start|stop|fail|discard|seal, status"
-        )
+    if name == "record" and value in (*RECORD_COMMANDS, "fail"):
+        return _record(console, value)
+    order, done = _order(console, command, name, value)
+    console.wait(lambda: bool(console.guard), ANSWER_S, f"{GUARD_STATE} of the guard")
+    console.wait(done, ANSWER_S, command, order)
     return guard_line(console)
+
+
+def _order(
+    console: Console, command: str, name: str, value: str
+) -> Tuple[Callable[[], None], Callable[[], bool]]:
+    """Return what to publish and what the guard then says."""
+    c = console
+    if name in ("slow", "speed"):
+        scale = SLOW if name == "slow" else _number(command, value)
+        if not 0 < scale <= 1:
+            raise ValueError(f"{command}: a scale in (0, 1]")
+        return lambda: c.set_speed(scale), lambda: c.speed == scale
+    if name == "approve":
+        chunk = int(_number(command, value))
+        return lambda: c.approve(chunk), lambda: c.pending != chunk
+    orders: Dict[str, Tuple[Callable[[], None], Callable[[], bool]]] = {
+        "arm": (lambda: c.arm(True), lambda: c.guard.get("state") == "ARMED"),
+        "disarm": (lambda: c.arm(False), lambda: c.guard.get("state") == "IDLE"),
+        "takeover": (lambda: c.take_over(True), lambda: c.guard.get("source") == "teleop"),
+        "handback": (lambda: c.take_over(False), lambda: c.guard.get("source") == "policy"),
+        "approval:on": (lambda: c.set_approval(True), lambda: c.approval),
+        "approval:off": (lambda: c.set_approval(False), lambda: not c.approval),
+        "status": (lambda: None, lambda: True),
+    }
+    if command not in orders:
+        raise ValueError(
+            f"no command {command!r}; there are {', '.join(orders)}, slow, speed:SCALE, approve:CHUNK, "
+            f"record:{'|'.join((*RECORD_COMMANDS, 'fail'))}"
+        )
+    return orders[command]
+
+
+def _record(console: Console, value: str) -> str:
+    order = {"fail": {"command": "stop", "success": False}, "stop": {"command": "stop", "success": True}}
+    console.wait(lambda: bool(console.record), ANSWER_S, f"{RECORD_STATE} of the recorder")
+    before = console.record
+    console.bus.spin(SETTLE_S)  # the recorder must have found this process before it is told, once
+    console.order_record(**order.get(value, {"command": value}))
+    console.wait(lambda: console.record.get("said") != before.get("said"), ANSWER_S, f"record:{value}")
+    return record_line(console.record)
 
 
 def _number(command: str, value: str) -> float:
@@ -251,13 +286,6 @@ def _number(command: str, value: str) -> float:
         return float(value)
     except ValueError:
         raise ValueError(f"{command}: give a number after the colon, e.g. speed:0.3") from None
-
-
-def _repeat(console: Console, order: Callable[[], None]) -> None:
-    """Give an order that may be given twice, until the readers have had time to find this process."""
-    for _ in range(3):
-        order()
-        console.bus.spin(0.3)
 
 
 # ---- what is shown
@@ -269,7 +297,10 @@ def guard_line(console: Console) -> str:
     parts = [f"{guard.get('state', '-')}: {guard.get('reason', 'no guard heard')}"]
     if guard.get("refused"):
         parts.append(f"refused: {guard['refused']}")
-    parts += [f"{name} {guard[name]}" for name in ("source", "speed", "approval", "waiting") if guard.get(name)]
+    if guard.get("source"):
+        parts.append(f"{guard['source']} is in control at {console.speed:.0%} of the limits")
+    if console.pending is not None:
+        parts.append(f"chunk {console.pending} waits for approval")
     return "; ".join(parts)
 
 
@@ -318,7 +349,8 @@ class Screen:
 
     def __init__(self, console: Console, refresh: Callable[[Any], None]) -> None:
         self.console, self._refresh = console, refresh
-        self.shown: Any = None  # the chunk that waits for y or n
+        self.shown: Optional[int] = None  # the chunk that waits for y or n
+        self.left_out: Optional[int] = None  # the one that was answered with n
         self.note = ""
 
     def press(self, key: str) -> bool:
@@ -326,13 +358,10 @@ class Screen:
         c = self.console
         if key == "q":
             return False
-        if key in ("y", "n") and self.shown is not None:
-            chunk = chunk_id(self.shown)
-            if key == "y":
-                c.approve(chunk)
-            self.note, self.shown = f"chunk {chunk} {'approved' if key == 'y' else 'left out'}", None
-        elif key in "+-":
-            c.set_speed(float(np.clip(c.speed + (0.05 if key == "+" else -0.05), 0.05, 1.0)))
+        if key in ("y", "n"):
+            self._answer(key == "y")
+        elif key in ("+", "-"):
+            c.set_speed(round(float(np.clip(c.speed + (0.05 if key == "+" else -0.05), 0.05, 1.0)), 2))
         else:
             orders: Dict[str, Callable[[], None]] = {
                 "a": lambda: c.arm(True),
@@ -345,13 +374,20 @@ class Screen:
             orders.get(key, lambda: None)()
         return True
 
+    def _answer(self, yes: bool) -> None:
+        if self.shown is None:
+            return
+        if yes:
+            self.console.approve(self.shown)
+        else:
+            self.left_out = self.shown
+        self.note, self.shown = f"chunk {self.shown} {'approved' if yes else 'left out'}", None
+
     def show(self) -> None:
         """Draw what is."""
-        c = self.console
-        if c.approval and self.shown is None and c.chunk is not None:
-            self.shown, c.chunk = c.chunk, None  # it stays on the screen until it is answered
-        if not c.approval:
-            self.shown = None
+        pending = self.console.pending
+        if self.shown is None or pending is None:  # what is on the screen stays there until it is answered
+            self.shown = pending if pending != self.left_out else None
         self._refresh(self._table())
 
     def _table(self) -> Any:
@@ -368,44 +404,44 @@ class Screen:
         table.add_row("counters", f"{counts}  (dropped, clamped, held, fault)")
         table.add_row("recorder", record_line(c.record))
         if self.shown is not None:
-            table.add_row(f"chunk {chunk_id(self.shown)}", "\n".join(self._chunk_lines()) + "\napprove? y / n")
+            table.add_row(f"chunk {self.shown}", "\n".join(self._chunk_lines(self.shown)) + "\napprove? y / n")
         if self.note:
             table.add_row("", self.note)
         table.add_row("keys", HELP)
         return table
 
-    def _chunk_lines(self) -> Sequence[str]:
-        robot = self.console.robot
-        if robot is None:
-            return [f"no contract on {CONTRACT} yet, so its numbers mean nothing"]
+    def _chunk_lines(self, chunk: int) -> Sequence[str]:
+        robot, message = self.console.robot, self.console.chunks.get(chunk)
+        if message is None:
+            return ["not seen here: it was sent before this console was there"]
         delta = robot.motion.mode == "delta"
         try:
-            dt, values = m.cartesian_chunk_from_ros(self.shown, delta)
+            if robot.space.name == "joint":
+                dt, values = m.joint_chunk_from_ros(message, "velocities" if delta else "positions", robot.driver.joints)
+            else:
+                dt, values = m.cartesian_chunk_from_ros(message, delta, robot.space.rotation)
         except ValueError as e:
             return [f"not understood: {e}"]
-        return describe(values, dt, delta)
+        return describe(values[:, : robot.space.linear], dt, delta)
 
 
-def chunk_id(message: Any) -> int:
-    """Return a chunk's running number."""
-    return 0
-
-
-def run(*, bus: Mapping[str, Any], command: Optional[str] = None) -> None:
+def run(*, bus: Mapping[str, Any], embodiment: Any, command: Optional[str] = None) -> None:
     """Run the console until q, or give one order and leave.
 
     Args:
         bus: arguments of `open_bus`.
+        embodiment: the robot's file or plain values.
         command: as in `one_shot`; None: the console.
     """
+    robot = load_robot(embodiment)[0]
     if command is not None:
         with contextlib.closing(open_bus(name="operator", **bus)) as opened:
-            print(one_shot(Console(opened), command))
+            print(one_shot(Console(opened, robot), command))
         return
     from rich.live import Live
 
     with terminal() as keys, contextlib.closing(open_bus(name="operator", **bus)) as opened, Live() as live:
-        screen = Screen(Console(opened), live.update)
+        screen = Screen(Console(opened, robot), live.update)
         leave = False
         while not leave:
             opened.spin(0.1)

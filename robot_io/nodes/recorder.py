@@ -31,6 +31,7 @@ from robot_io.nodes.topics import (
     RECORD,
     RECORD_STATE,
     TOOL_POSE,
+    chunk_type,
     image_topic,
     joint_names,
 )
@@ -82,6 +83,7 @@ class RecorderNode:
         self._guard: Dict[str, Any] = {}
         self._latest: Dict[str, Any] = {}  # newest (stamp, value) of each source: a take begins with them
         self._reason = f"writing as session {session}"
+        self._said = 0  # how often something was said: tells two equal answers apart
         self._last: Dict[str, Any] = {}  # the episode stored last
         self._shown: Dict[str, Any] = {}
         self._state = bus.publisher(RECORD_STATE, m.STRING, LATCHED)
@@ -89,8 +91,7 @@ class RecorderNode:
             bus.subscribe(image_topic(camera), m.IMAGE, SENSOR, self._image_callback(camera))
         bus.subscribe(robot.driver.pose_topic, m.POSE, _deep(STATE), self._on_pose)
         bus.subscribe(robot.driver.joints_topic, m.JOINT_STATE, _deep(STATE), self._on_joints)
-        trajectory = m.JOINT_TRAJECTORY if robot.space.name == "joint" else m.CARTESIAN_TRAJECTORY
-        bus.subscribe(EXECUTED, trajectory, _deep(STATE), self._on_executed)
+        bus.subscribe(EXECUTED, chunk_type(robot), _deep(STATE), self._on_executed)
         bus.subscribe(INSTRUCTION, m.STRING, LATCHED, self._on_instruction)
         bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_guard)
         bus.subscribe(RECORD, m.STRING, STATE, self._on_command)
@@ -253,7 +254,7 @@ class RecorderNode:
         self._show()
 
     def _say(self, reason: str) -> None:
-        self._reason = reason
+        self._reason, self._said = reason, self._said + 1
         self.bus.log("warning" if "E_" in reason or "refused" in reason else "info", f"recorder: {reason}")
         self._show()
 
@@ -267,6 +268,7 @@ class RecorderNode:
         shown = {
             "state": state,
             "reason": self._reason,
+            "said": self._said,
             "frames": take.frames // 10 * 10 if take is not None else 0,
             "instruction": self._instruction if take is not None else "",
             "ended": take.ended if take is not None else "",
@@ -373,17 +375,6 @@ class ZarrSink:
         self._store.close()
 
 
-def robot_of(embodiment: str) -> Robot:
-    """Load a robot by the embodiment's shipped name or from its YAML file.
-
-    Raises:
-        ValueError: no such embodiment, or it makes no sense.
-    """
-    from dita.embodiment import embodiment_to_dict, load_embodiment
-
-    return parse_robot(embodiment_to_dict(load_embodiment(embodiment)), need_limits=False)
-
-
 def run(
     *,
     bus: Mapping[str, Any],
@@ -410,9 +401,10 @@ def run(
         state_gap, action_gap, max_seconds: as in `RecorderConfig`.
         max_memory: of an episode's pictures [bytes].
     """
-    from dita.embodiment import load_embodiment
+    from dita.embodiment import embodiment_to_dict, load_embodiment
 
     spec = load_embodiment(embodiment)
+    robot = parse_robot(embodiment_to_dict(spec), need_limits=False)
     config = RecorderConfig(
         dt=1 / spec.control_hz,
         image_gap=spec.obs_dt if image_gap is None else image_gap,
@@ -424,4 +416,4 @@ def run(
     sink = ZarrSink(store, embodiment, f"live recording of {spec.name}", "unknown", codec, exist)
     opened = open_bus(name="recorder", **bus)
     session = time.strftime("%Y%m%dT%H%M%S", time.gmtime(opened.now()))
-    serve(RecorderNode(opened, robot_of(embodiment), sink, config, instruction=instruction, session=session))
+    serve(RecorderNode(opened, robot, sink, config, instruction=instruction, session=session))

@@ -16,8 +16,9 @@ from robot_io.core.limits import Robot
 from robot_io.core.recorder import delta_between
 from robot_io.messages import ExecutedStep
 from robot_io.nodes.operator import Console, guard_line, record_line, terminal
-from robot_io.nodes.recorder import measured_of, robot_of
-from robot_io.nodes.topics import BASE_FRAME, EXECUTED, JOINTS, TELEOP, TELEOP_GRIPPER, TOOL_POSE, gripper_quantity
+from robot_io.nodes.guard import load_robot
+from robot_io.nodes.recorder import measured_of
+from robot_io.nodes.topics import BASE_FRAME, EXECUTED, JOINTS, TELEOP, TELEOP_GRIPPER, TOOL_POSE, chunk_type, gripper_quantity
 
 HOLD_S = 0.15  # motion after a key press; keys repeat about every 30 ms
 STEPS = 8  # of a chunk: it runs out when this process or its terminal is gone
@@ -162,17 +163,16 @@ class TeleopNode:
             instruction: of the episodes that it starts; "": what the recorder knows.
         """
         self.bus, self.robot, self._instruction = bus, robot, instruction
-        self.console = Console(bus)
+        self.console = Console(bus, robot)
         self.keys = Keys(axes_of(robot))
         self.active, self.leaving, self.note = False, False, ""
         self._gripper: Optional[float] = None  # what is sent; None: not known yet
         self._last: Optional[ExecutedStep] = None
         self._seen: dict = {}
         self._grid, self._id = bus.now(), 0
-        self._chunk_type = m.JOINT_TRAJECTORY if robot.space.name == "joint" else m.CARTESIAN_TRAJECTORY
-        self._chunk = bus.publisher(TELEOP, self._chunk_type, COMMAND)
+        self._chunk = bus.publisher(TELEOP, chunk_type(robot), COMMAND)
         self._chunk_gripper = bus.publisher(TELEOP_GRIPPER, m.JOINT_TRAJECTORY, COMMAND)
-        bus.subscribe(EXECUTED, self._chunk_type, STATE, self._on_executed)
+        bus.subscribe(EXECUTED, chunk_type(robot), STATE, self._on_executed)
         bus.subscribe(
             robot.driver.pose_topic,
             m.POSE,
@@ -300,12 +300,12 @@ def send_chunk(
         chunk.publish(m.cartesian_chunk_to_ros(msg, stamp, dt, robot.motion.name, BASE_FRAME, motion, delta, id))
 
 
-def run(*, bus: Mapping[str, Any], embodiment: str, instruction: str = "") -> None:
+def run(*, bus: Mapping[str, Any], embodiment: Any, instruction: str = "") -> None:
     """Teleoperate from this terminal until q or Ctrl-C.
 
     Args:
         bus: arguments of `open_bus`.
-        embodiment: shipped name or YAML file.
+        embodiment: the robot's file or plain values.
         instruction: of the episodes that it starts; "": what the recorder knows.
 
     Raises:
@@ -313,7 +313,7 @@ def run(*, bus: Mapping[str, Any], embodiment: str, instruction: str = "") -> No
     """
     from rich.live import Live
 
-    robot = robot_of(embodiment)
+    robot = load_robot(embodiment)[0]
     with terminal() as read, contextlib.closing(open_bus(name="teleop", **bus)) as opened, Live(HELP) as live:
         node = TeleopNode(opened, robot, instruction)
         try:
