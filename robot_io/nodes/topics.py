@@ -2,7 +2,8 @@
 
 from typing import List
 
-from robot_io.core.limits import Field
+from robot_io import messages as m
+from robot_io.core.limits import Field, Robot
 
 TOOL_POSE = "/tool_pose"  # twin -> all: measured position
 JOINTS = "/joint_states"  # twin -> policy: gripper and joints, by name
@@ -25,9 +26,9 @@ APPROVAL = "/dita/approval"  # operator -> guard: chunks wait for approval, or n
 APPROVE = "/dita/approve"  # operator -> guard: this chunk may go
 RECORD = "/dita/record"  # operator -> recorder
 RECORD_STATE = "/dita/record_state"  # recorder -> all, latched
+PREFLIGHT = "/dita/preflight"  # preflight -> guard, latched
 DIAGNOSTICS = "/diagnostics"
 
-BASE_FRAME = "base_link"
 BASE_FRAME = "base_link"
 
 
@@ -55,3 +56,18 @@ def is_tool(field: Field) -> bool:
 def gripper_quantity(field: Field) -> str:
     """Return the trajectory quantity of a gripper field."""
     return "effort" if field.kind == "gripper_effort" else "positions"
+
+
+def chunk_type(robot: Robot) -> str:
+    """Return the type of a robot's chunks and executed steps."""
+    return m.JOINT_TRAJECTORY if robot.space.name == "joint" else m.CARTESIAN_TRAJECTORY
+
+
+def command_type(robot: Robot) -> str:
+    """Return the type of a robot's command topic."""
+    return {
+        "pose": m.POSE,
+        "twist": m.TWIST,
+        "joint_trajectory": m.JOINT_TRAJECTORY,
+        "position_array": m.ARRAY,
+    }[robot.driver.command]
