@@ -110,8 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
         dita robot live checkpoint=outputs/train/demo out=outputs/live
         dita robot twin
         dita robot policy checkpoint=outputs/train/demo
-        dita robot guard""", True)  # fmt: skip
-    robot.add_argument("role", choices=["live", "twin", "policy", "guard"])
+        dita robot guard
+        dita robot record episodes=10 store=data/live.zarr
+        dita robot teleop instruction='press the button'
+        dita robot operator command=arm
+        dita robot blackbox show=outputs/live/black_box/20261126T201500.250_R3-state-older""", True)  # fmt: skip
+    roles = ["live", "record", "twin", "policy", "guard", "recorder", "teleop", "operator", "blackbox"]
+    robot.add_argument("role", choices=roles, help=" | ".join(roles), metavar="ROLE")
     _add_exist(robot)
     bench = verb("bench-policy", _bench_policy, "Time one control tick of a checkpoint: image in, chunk out.", """
         dita bench-policy outputs/train/demo

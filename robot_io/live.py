@@ -42,6 +42,7 @@ from robot_io.nodes.topics import (
 if TYPE_CHECKING:
     from dita.config import LiveConfig
 
+TOGETHER = ("twin", "policy", "guard", "blackbox")  # what `live` starts
 LAST_LINES = 12  # of a crashed child
 GAP_S = 0.05  # a longer pause in the command stream is a new stream
 QUEUE = 320  # of the judge: it must miss no command even if it is kept waiting for 2 s
@@ -366,11 +367,23 @@ def _play_one(operator: Operator, config: "LiveConfig") -> Dict[str, Any]:
     return {**twin, **record, "chunks": latency["n"], "p50_ms": latency["p50"]}
 
 
-def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
-    """Return the arguments of each node's entry in `robot_io.nodes`."""
+def embodiment_file(name: str) -> str:
+    """Return the file of an embodiment, by shipped name or as it is."""
+    from dita.embodiment import config_folder
+
+    is_file = name.endswith((".yaml", ".yml", ".json"))
+    return name if is_file else str(config_folder() / "embodiment" / f"{name}.yaml")
+
+
+def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[str, Any]]:
+    """Return the arguments of each node's entry in `robot_io.nodes`; `exist`: what to do with a recorder's store."""
     guard = {"tick_hz", "state_timeout", "stream_timeout", "hold_timeout", "max_skew", "clamp_margin"}
     values: Dict[str, Dict[str, Any]] = {
-        "guard": {name: getattr(config, name) for name in guard},
+        "guard": {
+            "embodiment": embodiment_file(config.env.embodiment),
+            "require_preflight": config.require_preflight,
+            **{name: getattr(config, name) for name in guard},
+        },
         "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
         "policy": {
             "checkpoint": config.checkpoint,
@@ -384,31 +397,57 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
             "max_age": config.max_age,
             "interval": config.replan_interval,
         },
+        "recorder": {
+            "embodiment": config.env.embodiment,
+            "store": config.store,
+            "instruction": config.instruction or "",
+            "codec": config.codec,
+            "exist": exist,
+            "state_gap": config.slop,
+            "action_gap": config.record_gap,
+            "max_seconds": config.record_seconds,
+            "max_memory": round(config.record_mb * 1e6),
+        },
+        "blackbox": {
+            "embodiment": embodiment_file(config.env.embodiment),
+            "folder": str(Path(config.out) / "black_box"),
+            "show": config.show,
+            "seconds": config.black_box_seconds,
+            "max_memory": round(config.black_box_mb * 1e6),
+            "image_hz": config.black_box_hz,
+            "after": config.black_box_after,
+            "interval": config.black_box_interval,
+            "max_records": config.black_box_records,
+            "max_bytes": round(config.black_box_disk_mb * 1e6),
+        },
+        "teleop": {"embodiment": embodiment_file(config.env.embodiment), "instruction": config.instruction or ""},
+        "operator": {"embodiment": embodiment_file(config.env.embodiment), "command": config.command},
     }
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
 
 
-def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
+def commands_of(config: "LiveConfig", names: Sequence[str] = TOGETHER) -> Dict[str, List[str]]:
     """Return the command line of each process."""
-    python = [sys.executable, "-m", "robot_io.nodes"]
-    return {
-        name: [*python, name, json.dumps(arguments), "--with-parent"]
-        for name, arguments in arguments_of(config).items()
-    }
+    python, arguments = [sys.executable, "-m", "robot_io.nodes"], arguments_of(config)
+    return {name: [*python, name, json.dumps(arguments[name]), "--with-parent"] for name in names}
 
 
 def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
-    """Run `live`, or one of its nodes by itself.
+    """Run `live` or `record`, or one node by itself.
 
     Raises:
         ValueError: no such role.
     """
     if role == "live":
         live(config, exist=exist)
+    elif role == "record":
+        from robot_io.record import record
+
+        record(config, exist=exist)
     elif role in NODES:
-        entry(role)(**arguments_of(config)[role])
+        entry(role)(**arguments_of(config, exist)[role])
     else:
-        raise ValueError(f"no role {role!r}; there are live, {', '.join(NODES)}")
+        raise ValueError(f"no role {role!r}; there are live, record, {', '.join(NODES)}")
 
 
 def _bus_arguments(config: "LiveConfig") -> Dict[str, Any]:
@@ -437,7 +476,7 @@ def live(
         raise FileExistsError(f"{target} exists; --resume keeps it, --overwrite replaces it")
     slow = 1 / config.real_time_factor
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminate_as_interrupt())
+        stack.enter_context(terminate_as_interrupt())
         children = stack.enter_context(Children())
         for name, command in {**commands_of(config), **(commands or {})}.items():
             children.start(name, command)
@@ -517,7 +556,7 @@ def _write(target: Path, result: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Let SIGTERM unwind like Ctrl-C, so that the children are ended."""
     if threading.current_thread() is not threading.main_thread():
         yield

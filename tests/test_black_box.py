@@ -207,7 +207,9 @@ def test_its_bag_is_read_by_others_with_every_topic_and_time(record):
         picture = bag.deserialize(data, m.COMPRESSED_IMAGE)
         assert picture.format == "jpeg" and m.compressed_from_ros(picture).shape == (24, 32, 3)
         assert m.stamp_of(picture) == pytest.approx(time * 1e-9, abs=DT)
-        state = [json.loads(bag.deserialize(d, m.STRING).data)["state"] for _, _, d in bag.messages([found["/dita/state"]])]
+        state = [
+            json.loads(bag.deserialize(d, m.STRING).data)["state"] for _, _, d in bag.messages([found["/dita/state"]])
+        ]
         assert state[-2:] == ["HOLDING", "FAULT"]
 
 

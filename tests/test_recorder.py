@@ -1,9 +1,6 @@
 """Topics -> episodes: the pure grid, the node with its topics by hand, and demonstrations over a real wire."""
 
 import json
-import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +13,8 @@ from robot_io import messages as m
 from robot_io.bus_dds import message
 from robot_io.core.limits import parse_robot
 from robot_io.core.recorder import (
-    RecordError,
     RecorderConfig,
+    RecordError,
     Take,
     action_of,
     check_recordable,
@@ -370,7 +367,7 @@ def play(rig, frames, source=lambda k: "teleop", begin=0):
         if k % 4 == 0:
             image = np.full((24, 32, 3), k % 256, np.uint8)
             rig.bus.hear(image_topic("corner"), m.image_to_ros(message, t, image, "corner"))
-        sent = ExecutedStep(T0, 1, k, t, hand + [0.001, 0, 0], np.array([0.001, 0, 0]), source(k), -1.0)
+        sent = ExecutedStep(T0, 1, k, t, hand + np.array([0.001, 0, 0]), np.array([0.001, 0, 0]), source(k), -1.0)
         rig.bus.hear(EXECUTED, m.executed_to_ros(message, sent, DT, ["hand_delta"], False))
         for timer in rig.bus.timers:
             timer()
@@ -415,7 +412,10 @@ def test_a_discarded_episode_leaves_nothing_and_its_number_to_the_next(rig):
         ([("start", {})], "refused: no instruction; give one with start, on /dita/instruction"),
         ([("start", {"instruction": "a"})] * 2, "refused: episode 0 is not stopped or discarded yet"),
         ([("begin", {})], "refused: no command 'begin'; there are start, stop, discard, seal"),
-        ([("start", {"instruction": "a"}), ("stop", {"success": "yes"})], "refused: success is true, false or left out"),
+        (
+            [("start", {"instruction": "a"}), ("stop", {"success": "yes"})],
+            "refused: success is true, false or left out",
+        ),
         ([("start", {"instruction": "a"}), ("stop", {})], "episode 0 not stored: E_EMPTY: the guard executed nothing"),
     ],
 )
@@ -452,7 +452,10 @@ def test_what_is_no_order_at_all_ends_nothing(rig):
             lambda bus: bus.hear("/joint_states", message(m.JOINT_STATE, name=["a", "a"], position=[0, 1])),
             "E_JOINTS: a joint state needs unique names",
         ),
-        (lambda bus: bus.hear(EXECUTED, message(m.CARTESIAN_TRAJECTORY)), "E_VALUE: /dita/executed: not an executed step"),
+        (
+            lambda bus: bus.hear(EXECUTED, message(m.CARTESIAN_TRAJECTORY)),
+            "E_VALUE: /dita/executed: not an executed step",
+        ),
     ],
 )
 def test_a_fault_ends_the_episode_at_once_and_stop_keeps_what_came_before(rig, fault, ended):
@@ -487,7 +490,11 @@ def test_a_full_disk_keeps_the_episode_in_memory_until_there_is_room(rig):
     play(rig, 12)
     rig.sink.problem = OSError(28, "E_NOSPACE: no space left")
     state = order(rig, "stop", success=True)
-    assert state["state"] == "unstored" and "E_NOSPACE" in state["reason"] and "make room and stop again" in state["reason"]
+    assert (
+        state["state"] == "unstored"
+        and "E_NOSPACE" in state["reason"]
+        and "make room and stop again" in state["reason"]
+    )
     play(rig, 12, begin=12)
     assert "not stopped or discarded" in order(rig, "start", instruction="b")["reason"]
     rig.sink.problem = None

@@ -18,6 +18,7 @@ from robot_io.core.space import Space, conjugate, logarithm, rotate
 from robot_io.messages import ExecutedStep
 
 TIE = 1e-6  # [s]: stamps of today as float64 are good to 0.2 us
+TAG = re.compile(r"[A-Za-z0-9_=.-]{1,64}(/[A-Za-z0-9_=.-]{1,64}){0,3}")
 HUMAN = re.compile(r"/human=((?:\d+-\d+(?:,\d+-\d+)*)?)$")
 
 
@@ -213,11 +214,15 @@ def _nearest(times: Sequence[float], wanted: np.ndarray) -> Tuple[np.ndarray, np
     return index, t[index] - wanted
 
 
-def source_of(session: str, number: int, human: np.ndarray) -> str:
-    """Return an episode's id in its store; it says which frames were a human's: "live/<session>/3/human=0-120"."""
+def source_of(session: str, number: int, human: np.ndarray, tag: str = "") -> str:
+    """Return an episode's id in its store; it says which frames were a human's: "live/<session>/0003/human=0-120".
+
+    Args:
+        tag: of the start, e.g. "reach-v3/seed=3"; stands before the frames.
+    """
     edges = np.flatnonzero(np.diff(np.concatenate([[False], human, [False]]).astype(int)))
     runs = ",".join(f"{begin}-{end}" for begin, end in zip(edges[::2], edges[1::2], strict=True))
-    return f"live/{session}/{number:04d}/human={runs}"
+    return "/".join(["live", session, f"{number:04d}", *([tag] if tag else []), f"human={runs}"])
 
 
 def human_steps(source: str, length: int) -> Optional[np.ndarray]:

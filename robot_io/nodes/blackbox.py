@@ -60,6 +60,7 @@ IMAGE_SHARE = 0.75  # of the memory
 GAP_S = 0.05  # between two commands: no speed is drawn across it
 QUEUE = 320  # a black box misses nothing while it writes
 
+
 def topics_of(robot: Robot) -> List[Tuple[str, str, Qos]]:
     """Return what is kept beside pictures, states and diagnostics."""
     chunk, driver = chunk_type(robot), robot.driver

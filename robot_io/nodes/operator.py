@@ -241,9 +241,7 @@ def one_shot(console: Console, command: str) -> str:
     return guard_line(console)
 
 
-def _order(
-    console: Console, command: str, name: str, value: str
-) -> Tuple[Callable[[], None], Callable[[], bool]]:
+def _order(console: Console, command: str, name: str, value: str) -> Tuple[Callable[[], None], Callable[[], bool]]:
     """Return what to publish and what the guard then says."""
     c = console
     if name in ("slow", "speed"):
@@ -417,7 +415,9 @@ class Screen:
         delta = robot.motion.mode == "delta"
         try:
             if robot.space.name == "joint":
-                dt, values = m.joint_chunk_from_ros(message, "velocities" if delta else "positions", robot.driver.joints)
+                dt, values = m.joint_chunk_from_ros(
+                    message, "velocities" if delta else "positions", robot.driver.joints
+                )
             else:
                 dt, values = m.cartesian_chunk_from_ros(message, delta, robot.space.rotation)
         except ValueError as e:

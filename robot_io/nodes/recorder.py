@@ -12,9 +12,10 @@ from robot_io import messages as m
 from robot_io.bus import LATCHED, SENSOR, STATE, Bus, Qos, open_bus
 from robot_io.core.limits import Robot, parse_robot
 from robot_io.core.recorder import (
+    TAG,
     Frames,
-    RecordError,
     RecorderConfig,
+    RecordError,
     Take,
     action_of,
     check_recordable,
@@ -77,7 +78,7 @@ class RecorderNode:
         check_recordable(robot)
         self.bus, self.robot, self._sink, self._config = bus, robot, sink, config
         self._session, self._number = session, 0
-        self._default, self._heard, self._instruction = instruction, "", ""
+        self._default, self._heard, self._instruction, self._tag = instruction, "", "", ""
         self._take: Optional[Take] = None
         self._frames: Optional[Frames] = None  # finished, not yet stored: the disk was full
         self._guard: Dict[str, Any] = {}
@@ -183,7 +184,11 @@ class RecorderNode:
         if not isinstance(instruction, str) or not instruction.strip():
             self._say(f"refused: no instruction; give one with start, on {INSTRUCTION} or as instruction=...")
             return
-        self._instruction = instruction
+        tag = order.get("tag", "")
+        if tag and not (isinstance(tag, str) and TAG.fullmatch(tag)):
+            self._say(f"refused: a tag is letters, digits, _ = . - in at most four parts, got {tag!r}")
+            return
+        self._instruction, self._tag = instruction, tag
         self._take = Take(self.robot.cameras, sources_of(self.robot), self._config)
         for source, (stamp, value) in self._latest.items():
             self._take.offer(source, stamp, value)
@@ -203,7 +208,7 @@ class RecorderNode:
                 assert self._take is not None
                 self._frames = self._take.finish(self._state_of, self._action_of)
             ended = self._take.ended if self._take is not None else ""
-            source = source_of(self._session, self._number, self._frames.human)
+            source = source_of(self._session, self._number, self._frames.human, self._tag)
             self._sink.add(self._frames, self._instruction, success, source)
         except RecordError as e:  # nothing that could be stored, now or later
             self._forget()

@@ -15,10 +15,19 @@ from robot_io.bus import COMMAND, STATE, Bus, open_bus
 from robot_io.core.limits import Robot
 from robot_io.core.recorder import delta_between
 from robot_io.messages import ExecutedStep
-from robot_io.nodes.operator import Console, guard_line, record_line, terminal
 from robot_io.nodes.guard import load_robot
+from robot_io.nodes.operator import Console, guard_line, record_line, terminal
 from robot_io.nodes.recorder import measured_of
-from robot_io.nodes.topics import BASE_FRAME, EXECUTED, JOINTS, TELEOP, TELEOP_GRIPPER, TOOL_POSE, chunk_type, gripper_quantity
+from robot_io.nodes.topics import (
+    BASE_FRAME,
+    EXECUTED,
+    JOINTS,
+    TELEOP,
+    TELEOP_GRIPPER,
+    TOOL_POSE,
+    chunk_type,
+    gripper_quantity,
+)
 
 HOLD_S = 0.15  # motion after a key press; keys repeat about every 30 ms
 STEPS = 8  # of a chunk: it runs out when this process or its terminal is gone
@@ -85,10 +94,8 @@ class Keys:
         return None
 
     def _move(self, key: str, now: float) -> None:
-        if self.axes.joints:
-            found = {"w": (self.joint, 1), "s": (self.joint, -1)}.get(key)
-        else:
-            found = CARTESIAN.get(key)
+        keys = {"w": (self.joint, 1), "s": (self.joint, -1)} if self.axes.joints else CARTESIAN
+        found = keys.get(key)
         if found is not None and found[0] < len(self._until):
             self._until[found[0]], self._direction[found[0]] = now + HOLD_S, found[1]
 
