@@ -1,14 +1,21 @@
 """Topics -> episodes: the pure grid, the node with its topics by hand, and demonstrations over a real wire."""
 
 import json
+import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_robot import EMBODIMENT, field
+import yaml
+from fake_robot import EMBODIMENT, GOAL, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dita.cli import main
+from dita.config import LiveConfig, from_dict
+from dita.datasets.store import Store
 from robot_io import messages as m
 from robot_io.bus_dds import message
 from robot_io.core.limits import parse_robot
@@ -25,8 +32,11 @@ from robot_io.core.recorder import (
 )
 from robot_io.core.space import exponential, logarithm, multiply, rotate
 from robot_io.messages import ExecutedStep
-from robot_io.nodes.recorder import RecorderNode, state_of
+from robot_io.nodes.recorder import RecorderNode, ZarrSink, state_of
 from robot_io.nodes.topics import EXECUTED, GUARD_STATE, INSTRUCTION, RECORD, RECORD_STATE, image_topic
+from robot_io.record import record
+
+HERE = Path(__file__).parent
 
 DT = 0.0125
 T0 = 100.0
@@ -125,8 +135,6 @@ def test_steps_that_were_not_sent_are_frames_in_which_nothing_new_was_and_two_in
 def test_what_breaks_an_episode_ends_it_with_a_code_and_keeps_the_frames_before(spoil, ended):
     take = feed(new(), 11)
     spoil(take)
-    import re
-
     assert re.match(ended, take.ended), take.ended
     before = take.frames
     take.step(step(500))
@@ -523,3 +531,58 @@ def test_state_is_built_from_pose_and_joints_by_name():
     q = exponential(np.array([0, 0, np.pi / 2]))
     values = {"/tool_pose": (np.array([1.0, 2, 3]), q), "/joint_states": {"arm_1": 0.2, "grip": 0.7, "arm_0": 0.1}}
     np.testing.assert_allclose(state_of(robot, values), [0.7, 0.1, 0.2, 0, 1, 0, -1, 0, 0, 1, 2, 3], atol=1e-12)
+
+
+# ---- over the wire
+
+
+def live_config(tmp_path, domain_id, **changes):
+    values = yaml.safe_load((HERE.parent / "configs" / "robot.yaml").read_text())
+    del values["defaults"]
+    slots = {"grip": 3, "effort": 3}
+    fields = {k: [{**f, "slot": slots.get(f["name"], 0)} for f in EMBODIMENT[k]] for k in ("state", "action")}
+    (tmp_path / "point.yaml").write_text(yaml.safe_dump({**EMBODIMENT, **fields}))
+    env = {
+        **{"suite": "fake", "embodiment": str(tmp_path / "point.yaml"), "tasks": ("go",)},
+        **{"max_steps": 400, "fast_render": True},
+    }
+    values.update(checkpoint="none", out=str(tmp_path / "out"), store=str(tmp_path / "live.zarr"), env=env)
+    values.update(domain_id=domain_id, start_timeout=30.0, episode_timeout=30.0, state_timeout=0.5, stream_timeout=0.3)
+    return from_dict(LiveConfig, {**values, **changes}, "robot")
+
+
+def fake_twin(domain_id):
+    return {"twin": [sys.executable, str(HERE / "fake_teleop.py"), json.dumps({"domain_id": domain_id})]}
+
+
+@pytest.mark.live
+def test_demonstrations_over_topics_become_a_store_that_verifies_and_trains(tmp_path, capsys):
+    word = record(live_config(tmp_path, 150, episodes=2, seed=5), commands=fake_twin(150))
+    assert (word["episodes"], word["unsealed"]) == (2, 0)
+    with pytest.raises(FileExistsError, match="exists; --resume continues it"):
+        ZarrSink(str(tmp_path / "live.zarr"), str(tmp_path / "point.yaml"), "x", "x", "raw", "error")
+    word = record(live_config(tmp_path, 150, episodes=3, seed=5), exist="resume", commands=fake_twin(150))
+    assert (word["episodes"], word["unsealed"]) == (3, 0)
+    store = Store(tmp_path / "live.zarr")
+    assert store.verify() > 10_000
+    seeds = [int(re.fullmatch(r"live/\w+/\d{4}/go/seed=(\d+)/human=0-\d+", e.source)[1]) for e in store.episodes]
+    assert seeds[0] >= 5 and len(set(seeds)) == 3 and seeds == sorted(seeds), "a start that failed is not repeated"
+    for i, episode in enumerate(store.episodes):
+        assert episode.success and episode.instruction == "go to the goal" and store.length(i) > 30
+        assert human_steps(episode.source, store.length(i)).all()
+        action, state = store.action(i), store.state(i)
+        moved = np.linalg.norm(state[-1, :3] - GOAL)
+        assert moved < 0.02, "the point reached the goal while it was recorded"
+        # what is stored is what moved the point: the sum of the deltas leads from the first state to the last command
+        np.testing.assert_allclose(state[0, :3] + action[:, :3].sum(0), state[-1, :3], atol=0.02)
+        assert np.all(action[:, 3] == -1) and np.abs(action[:, :3]).max() <= 0.01
+        assert np.allclose(np.diff(store.stamp(i)), 0.0125, atol=1e-6)
+    capsys.readouterr()
+    store_path = str(tmp_path / "live.zarr")
+    for more in (["--verify"], ["--doctor", "--out", str(tmp_path / "doctor")]):
+        assert main(["inspect", store_path, *more]) == 0, capsys.readouterr()
+    diagnosis = json.loads((tmp_path / "doctor" / "doctor.json").read_text())
+    assert diagnosis["left_out"] == 0, diagnosis["findings"]
+    train = ["train", "experiment=smoke", f"data.stores=[{{path:{store_path},weight:1}}]", "steps=2", "save_every=2"]
+    assert main([*train, f"run={tmp_path / 'run'}"]) == 0, capsys.readouterr()
+    assert list((tmp_path / "run").rglob("*.safetensors"))

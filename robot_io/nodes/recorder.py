@@ -388,7 +388,7 @@ def run(
     instruction: str,
     codec: str,
     exist: str,
-    image_gap: Optional[float],
+    image_gap: Optional[float] = None,
     state_gap: float,
     action_gap: float,
     max_seconds: float,
