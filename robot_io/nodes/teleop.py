@@ -32,6 +32,7 @@ from robot_io.nodes.topics import (
 HOLD_S = 0.15  # motion after a key press; keys repeat about every 30 ms
 STEPS = 8  # of a chunk: it runs out when this process or its terminal is gone
 SPEEDS = (0.05, 0.1, 0.25, 0.5, 1.0)  # of the top speed, keys 1 to 5
+LEVELS = ("1", "2", "3", "4", "5")
 TOP_LINEAR, TOP_ANGULAR, TOP_JOINT = 0.25, 0.8, 0.6  # m/s, rad/s, rad/s: what a hand can follow on a screen
 
 # key -> (dimension of the tangent, direction)
@@ -85,8 +86,8 @@ class Keys:
             return ORDERS[key]
         if key == "g":
             self.open = not self.open
-        elif key.isdigit() and 1 <= int(key) <= len(SPEEDS):
-            self.level = int(key)
+        elif key in LEVELS:
+            self.level = LEVELS.index(key) + 1
         elif self.axes.joints and key in "[]":
             self.joint = (self.joint + (1 if key == "]" else -1)) % len(self.axes.joints)
         else:
