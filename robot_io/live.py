@@ -26,6 +26,7 @@ from robot_io.bus import COMMAND, LATCHED, STATE, Bus, open_bus
 from robot_io.core.diagnostics import Running
 from robot_io.core.limits import Limits, Robot, parse_robot
 from robot_io.nodes import NODES, entry
+from robot_io.nodes.guard import load_robot
 from robot_io.nodes.topics import (
     ARM,
     CHUNK,
@@ -175,8 +176,9 @@ class EnvelopeReader:
 class Judge:
     """Everything that a run shows on its topics."""
 
-    def __init__(self, bus: Bus) -> None:
-        self.bus = bus
+    def __init__(self, bus: Bus, own: Optional[Robot] = None) -> None:
+        """Listen; `own` has the limits that the guard has, None: those of the policy's contract."""
+        self.bus, self._own = bus, own
         self.robot: Optional[Robot] = None
         self.contract: Dict[str, Any] = {}
         self.envelope: Optional[EnvelopeReader] = None
@@ -204,7 +206,7 @@ class Judge:
         if self.robot is not None:  # the first one is what the run is judged by, whatever else is sent
             return
         self.contract = m.json_from_ros(message)
-        self.robot = parse_robot(self.contract["embodiment"])
+        self.robot = self._own or parse_robot(self.contract["embodiment"])
         self.envelope = EnvelopeReader(self.robot.limits)
 
     def _on_command(self, message: Any) -> None:
@@ -367,22 +369,14 @@ def _play_one(operator: Operator, config: "LiveConfig") -> Dict[str, Any]:
     return {**twin, **record, "chunks": latency["n"], "p50_ms": latency["p50"]}
 
 
-def embodiment_file(name: str) -> str:
-    """Return the file of an embodiment, by shipped name or as it is."""
-    from dita.embodiment import config_folder
-
-    is_file = name.endswith((".yaml", ".yml", ".json"))
-    return name if is_file else str(config_folder() / "embodiment" / f"{name}.yaml")
-
-
 def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[str, Any]]:
     """Return the arguments of each node's entry in `robot_io.nodes`; `exist`: what to do with a recorder's store."""
     guard = {"tick_hz", "state_timeout", "stream_timeout", "hold_timeout", "max_skew", "clamp_margin"}
     values: Dict[str, Dict[str, Any]] = {
         "guard": {
-            "embodiment": embodiment_file(config.env.embodiment),
-            "require_preflight": config.require_preflight,
             **{name: getattr(config, name) for name in guard},
+            "embodiment": guards_file(config),
+            "require_preflight": config.require_preflight,
         },
         "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
         "policy": {
@@ -409,7 +403,7 @@ def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[s
             "max_memory": round(config.record_mb * 1e6),
         },
         "blackbox": {
-            "embodiment": embodiment_file(config.env.embodiment),
+            "embodiment": guards_file(config),
             "folder": str(Path(config.out) / "black_box"),
             "show": config.show,
             "seconds": config.black_box_seconds,
@@ -420,15 +414,25 @@ def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[s
             "max_records": config.black_box_records,
             "max_bytes": round(config.black_box_disk_mb * 1e6),
         },
-        "teleop": {"embodiment": embodiment_file(config.env.embodiment), "instruction": config.instruction or ""},
-        "operator": {"embodiment": embodiment_file(config.env.embodiment), "command": config.command},
+        "teleop": {"embodiment": guards_file(config), "instruction": config.instruction or ""},
+        "operator": {"embodiment": guards_file(config), "command": config.command},
     }
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
 
 
-def commands_of(config: "LiveConfig", names: Sequence[str] = TOGETHER) -> Dict[str, List[str]]:
-    """Return the command line of each process."""
-    python, arguments = [sys.executable, "-m", "robot_io.nodes"], arguments_of(config)
+def guards_file(config: "LiveConfig") -> str:
+    """Return the embodiment file that the guard reads by itself."""
+    from dita.embodiment import config_folder
+
+    name = config.guard_embodiment or config.env.embodiment
+    is_file = name.endswith((".yaml", ".yml", ".json"))
+    return str(Path(name).resolve() if is_file else config_folder() / "embodiment" / f"{name}.yaml")
+
+
+def commands_of(config: "LiveConfig", names: Sequence[str] = TOGETHER, exist: str = "error") -> Dict[str, List[str]]:
+    """Return the command line of each process of a run in simulation, which needs no preflight."""
+    python = [sys.executable, "-m", "robot_io.nodes"]
+    arguments = arguments_of(replace(config, require_preflight=False), exist)
     return {name: [*python, name, json.dumps(arguments[name]), "--with-parent"] for name in names}
 
 
@@ -482,7 +486,7 @@ def live(
             children.start(name, command)
         bus = open_bus(name="live", **_bus_arguments(config))
         stack.callback(bus.close)
-        judge = Judge(bus)
+        judge = Judge(bus, load_robot(guards_file(config))[0])
         operator = Operator(bus, judge, children)
         progress = stack.enter_context(_progress(config.episodes))
         _join(operator, config)

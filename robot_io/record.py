@@ -7,12 +7,11 @@ guard sent.
 import contextlib
 import json
 import re
-import sys
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Mapping, Optional, Sequence
 
 from robot_io import messages as m
 from robot_io.bus import STATE, Bus, open_bus
-from robot_io.live import READY_S, Children, arguments_of, terminate_as_interrupt
+from robot_io.live import READY_S, Children, arguments_of, commands_of, guards_file, terminate_as_interrupt
 from robot_io.nodes.guard import load_robot
 from robot_io.nodes.operator import Console
 from robot_io.nodes.topics import EPISODE, EPISODE_STATE
@@ -126,20 +125,18 @@ def record(
         TimeoutError: a process did not answer; says which.
         ChildProcessError: a process ended by itself; with its name and last lines.
     """
-    arguments = arguments_of(config, exist)
-    arguments["twin"]["expert"] = True
-    python = [sys.executable, "-m", "robot_io.nodes"]
-    lines = {name: [*python, name, json.dumps(arguments[name]), "--with-parent"] for name in NODES}
+    lines = commands_of(config, NODES, exist)
+    twin = {**arguments_of(config)["twin"], "expert": True}
+    lines["twin"] = [*lines["twin"][:-2], json.dumps(twin), lines["twin"][-1]]
     seed = config.seed + _next_seed(config, exist)
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminate_as_interrupt())
         children = stack.enter_context(Children())
         for name, command in {**lines, **(commands or {})}.items():
             children.start(name, command)
-        bus = open_bus(name="record", **arguments["guard"]["bus"])
+        bus = open_bus(name="record", **twin["bus"])
         stack.callback(bus.close)
-        robot = load_robot(arguments["guard"]["embodiment"])[0]
-        desk = Desk(bus, Console(bus, robot), children.check)
+        desk = Desk(bus, Console(bus, load_robot(guards_file(config))[0]), children.check)
         desk.join(config.start_timeout)
         for text in _play_all(desk, config, seed):
             print(text)

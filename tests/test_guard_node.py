@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from robot_io import messages as m
 from robot_io.bus import Stopper, Writer
 from robot_io.bus_dds import message
 from robot_io.core.guard import GuardConfig
-from robot_io.core.space import exponential, logarithm
+from robot_io.core.space import exponential, logarithm, multiply
 from robot_io.nodes import topics
 from robot_io.nodes.guard import GuardNode, contract_differences, load_robot
 
@@ -35,8 +36,8 @@ JOINT_LIMITS = {
 URDF = """<robot name="planar"><link name="base"/><link name="upper"/><link name="lower"/>
 <joint name="shoulder" type="revolute"><parent link="base"/><child link="upper"/><axis xyz="0 0 1"/>
 <limit lower="-2" upper="2" velocity="2"/></joint>
-<joint name="elbow" type="revolute"><parent link="upper"/><child link="lower"/><origin xyz="0.4 0 0"/><axis xyz="0 0 1"/>
-<limit lower="-2" upper="2" velocity="2"/></joint></robot>"""
+<joint name="elbow" type="revolute"><parent link="upper"/><child link="lower"/><origin xyz="0.4 0 0"/>
+<axis xyz="0 0 1"/><limit lower="-2" upper="2" velocity="2"/></joint></robot>"""
 
 
 def joint_arm(command="joint_trajectory", reference=None, **driver):
@@ -142,8 +143,6 @@ class Rig:
 
     def __init__(self, embodiment, require_preflight=False, start=None, contract=True, **config):
         self.bus, self.embodiment = Bus(), embodiment
-        from dataclasses import replace
-
         self.node = GuardNode(self.bus, replace(CONFIG, **config), embodiment, require_preflight=require_preflight)
         self.bus.on_stop(self.node.on_stop)
         self.joint = self.node.robot.space.name == "joint"
@@ -181,8 +180,7 @@ class Rig:
             else:
                 linear, angular = m.twist_from_ros(command)
                 self.x = self.x + TICK * linear
-                turned = [exponential(TICK * angular), self.orientation]
-                self.orientation = product(*turned)
+                self.orientation = multiply(exponential(TICK * angular), self.orientation)
         if self.measure:
             self.state()
 
@@ -221,12 +219,6 @@ class Rig:
     @property
     def diagnosed(self):
         return m.diagnostics_from_ros(self.bus.sent[topics.DIAGNOSTICS][-1])["guard"]
-
-
-def product(p, q):
-    from robot_io.core.space import multiply
-
-    return multiply(p, q)
 
 
 # ---- what comes out
@@ -275,7 +267,7 @@ def test_poses_turn_where_actions_do():
     for i in range(6):
         rig.chunk(np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.01], (8, 1)), id=i + 1)
         rig.run(0.0625)
-    turned = logarithm(product(rig.orientation, np.array([0.0, -1.0, 0.0, 0.0])))
+    turned = logarithm(multiply(rig.orientation, np.array([0.0, -1.0, 0.0, 0.0])))
     assert turned[2] > 0.15 and np.abs(turned[:2]).max() < 1e-6, "about the base's z"
     step = m.executed_from_ros(rig.bus.sent[topics.EXECUTED][-1], rotation=True)
     assert step.target.shape == (7,) and step.delta.shape == (6,)
@@ -379,7 +371,7 @@ def test_the_guards_limits_are_its_own_files():
 def test_contract_differences_are_named(change, says):
     theirs = copy.deepcopy(joint_arm())
     change(theirs)
-    assert says in contract_differences(joint_arm(), theirs)
+    assert any(said.startswith(says) for said in contract_differences(joint_arm(), theirs))
     assert contract_differences(joint_arm(), {**joint_arm(), "limits": None, "robot": "x"}) == []
 
 
@@ -455,7 +447,7 @@ def test_embodiment_files_are_read_with_their_kinematics(tmp_path):
     assert load_robot(yaml_path)[0].kinematics.joints == robot.kinematics.joints
     arm["driver"]["joints"] = ["elbow", "shoulder"]
     path.write_text(json.dumps(arm))
-    with pytest.raises(ValueError, match="urdf moves shoulder, elbow; driver.joints must be the same in order"):
+    with pytest.raises(ValueError, match=r"urdf moves shoulder, elbow; driver\.joints must be the same in order"):
         load_robot(path)
     arm["limits"]["tool"] = None
     path.write_text(json.dumps(arm))
@@ -559,13 +551,11 @@ def test_a_stopped_driver_is_a_fault_and_refuses_to_arm(mode):
 # ---- who else is there
 
 
-@pytest.mark.parametrize(
-    "topic", ["/joint_trajectory_controller/joint_trajectory", "/gripper_controller/joint_trajectory"]
-)
-def test_a_second_commander_is_a_fault_by_name_within_200_ms(topic):
+@pytest.mark.parametrize("controller", ["joint_trajectory_controller", "gripper_controller"])
+def test_a_second_commander_is_a_fault_by_name_within_200_ms(controller):
     rig = Rig(joint_arm())
     rig.arm()
-    rig.bus.others[topic] = ["rogue"]
+    rig.bus.others[f"/{controller}/joint_trajectory"] = ["rogue"]
     rig.run(0.1)
     assert rig.said["state"] == "FAULT" and "rogue" in rig.said["reason"]
     rig.run(0.2)
@@ -602,7 +592,7 @@ def test_a_jump_of_the_wall_clock_stops_the_arm():
     assert rig.said["state"] in ("HOLDING", "FAULT") and "clock jumped by -10" in rig.said["reason"]
     rig.run(0.5)
     stamps = [m.stamp_of(c) for c in rig.commands]
-    assert rig.commands[-1].points[0].velocities.max() == 0.0
+    assert np.abs(rig.commands[-1].points[0].velocities).max() < 1e-12
     assert len(stamps) > 60
 
 

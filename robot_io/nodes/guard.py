@@ -380,7 +380,8 @@ class GuardNode:
     def _send(self, now: float, periods: int) -> None:
         command, executed = self.guard.tick(now, periods)
         if command is not None:
-            self._command.publish(self._command_message(command.stamp, command.configuration, command.velocity))
+            velocity = command.velocity if self.guard.tracker.moving else np.zeros(self.robot.space.tangent)
+            self._command.publish(self._command_message(command.stamp, command.configuration, velocity))
             self._sending = True
             self._send_gripper(command.stamp, command.gripper)
         if executed is not None:
@@ -627,8 +628,8 @@ def run(
         tick_hz: of the output, at least 100.
         limits: the other fields of `GuardConfig`.
     """
-    config = GuardConfig(tick=1.0 / tick_hz, **limits)
     load_robot(embodiment)  # before anybody joins the graph
+    config = GuardConfig(tick=1.0 / tick_hz, **limits)
     with contextlib.suppress(PermissionError):  # real-time priority, as ros2_control asks for; not everybody may
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
     serve(GuardNode(open_bus(name="guard", **bus), config, embodiment, require_preflight=require_preflight))
