@@ -90,6 +90,13 @@ def test_frames_take_the_nearest_samples_and_say_how_far_off_they_are():
 def test_one_lost_picture_is_bridged_and_three_end_the_episode_with_a_code():
     take = feed(new(), 17, lost={8})
     assert len(finish(take).stamp) == 17 and take.ended == ""
+    take = feed(new(), 18, lost={8, 12, 16})
+    frames = finish(take)
+    assert len(frames.stamp) == 9 and take.ended.startswith("E_GAP: cam is 0.06"), "too long for the end of an episode"
+    take = feed(new(), 11, lost={4, 8})
+    frames = finish(take)
+    assert len(frames.stamp) == 5 and take.ended == "", "what had not arrived yet is no fault"
+    assert frames.report["last frames without a picture or state"] == 6
     take = feed(new(), 25, lost={8, 12, 16})
     frames = finish(take)
     assert len(frames.stamp) == 9 and frames.state[-1, 0] == 8

@@ -158,6 +158,7 @@ class Take:
         state = np.array([state_of(values) for values in seen], np.float32).reshape(length, -1)
         action, human, report = self._actions(stamp, seen, action_of)
         images = {c: np.stack([self._samples[c][i][1] for i in nearest[c][0][:length]]) for c in self._cameras}
+        report["last frames without a picture or state"] = self.frames - length
         for source, (_, off) in nearest.items():
             report[f"{source} off by at most [s]"] = float(np.max(np.abs(off[:length])))
         return Frames(images, state, action, stamp, human, report)
@@ -175,7 +176,9 @@ class Take:
             far = np.abs(off[:length]) > self._gap(source)
             if far.any():
                 length = int(np.argmax(far))
-                self.ended = f"E_GAP: {source} is {abs(off[length]):.3f} s away from frame {length}"
+                late = stamp[length] > self._samples[source][-1][0]  # its next sample was still on its way
+                if not late or (len(stamp) - length) * self.config.dt > self.config.action_gap or length == 0:
+                    self.end(f"E_GAP: {source} is {abs(off[length]):.3f} s away from frame {length}")
         if length == 0:
             raise RecordError(f"{self.ended}; not one whole frame")
         return length
