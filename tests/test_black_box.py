@@ -1,7 +1,10 @@
 """The black box: bounded memory, one record per burst, a bag that others open, bounded disk."""
 
+import contextlib
 import json
 import os
+import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,9 @@ from fake_robot import EMBODIMENT
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from rosbags.highlevel import AnyReader
 from test_recorder import DT, T0, HandBus, step
+from test_robot_live import Rig
 
 from robot_io import messages as m
 from robot_io.bus_dds import message
@@ -30,7 +35,7 @@ from robot_io.core.black_box import (
 )
 from robot_io.core.limits import parse_robot
 from robot_io.nodes.blackbox import BlackBoxNode, plain, series_of, write_record
-from robot_io.nodes.topics import CONTRACT, DIAGNOSTICS, EXECUTED, GUARD_STATE
+from robot_io.nodes.topics import CHUNK, CHUNK_GRIPPER, CONTRACT, DIAGNOSTICS, EXECUTED, GUARD_STATE
 
 ROBOT = parse_robot(EMBODIMENT, need_limits=False)
 SETTINGS = {
@@ -191,8 +196,6 @@ def test_a_reaction_writes_one_record_with_why_and_what_led_to_it(record):
 
 
 def test_its_bag_is_read_by_others_with_every_topic_and_time(record):
-    from rosbags.highlevel import AnyReader
-
     _, _, folder = record
     assert sorted(p.name for p in (folder / "bag").iterdir()) == ["bag.mcap", "metadata.yaml"]
     with AnyReader([folder / "bag"]) as bag:
@@ -317,3 +320,33 @@ def message_bytes():
     from robot_io.bus_dds import TYPES
 
     return TYPES.serialize_cdr(message(m.STRING, data="{}"), m.STRING)
+
+
+@pytest.mark.live
+def test_a_killed_policy_leaves_a_record_of_its_last_seconds(tmp_path):
+    with contextlib.ExitStack() as stack:
+        rig = Rig(stack, tmp_path, 152)
+        rig.move()
+        os.kill(rig.pids["policy"], signal.SIGKILL)
+        rig.watch(lambda: records(tmp_path / "out" / "black_box"), 30.0)
+    (record,) = records(tmp_path / "out" / "black_box")
+    found = json.loads((record / REASONS).read_text())
+    reasons_given = " | ".join(r["reason"] for r in found["reactions"])
+    assert re.search("policy is gone|no action", reasons_given), reasons_given
+    assert {r["reaction"] for r in found["reactions"]} <= {"R2", "R3"} and found["embodiment"] == "point"
+    wanted = (
+        "/target_pose",
+        "/tool_pose",
+        "/joint_states",
+        CHUNK,
+        CHUNK_GRIPPER,
+        EXECUTED,
+        GUARD_STATE,
+        DIAGNOSTICS,
+        CONTRACT,
+    )
+    assert set(wanted) < set(found["topics"]) and "/corner/image_raw/compressed" in found["topics"]
+    with AnyReader([record / "bag"]) as bag:
+        assert bag.message_count == sum(t["messages"] for t in found["topics"].values())
+    assert (record / "overview.png").stat().st_size > 10_000
+    assert found["topics"]["/target_pose"]["last"] > found["moment"], "it shows the stop, too"

@@ -332,7 +332,7 @@ class TwinNode:
         self._state.publish(m.json_to_ros(self.bus.msg, {**self._episode, **values}))
 
     def _demonstrate(self, stamp: float) -> None:
-        """Publish what the expert would do from here, for EXPERT_STEPS steps: the next chunk replaces all but the first.
+        """Publish what the expert would do from here, EXPERT_STEPS times: the next chunk replaces all but the first.
 
         A delta adds to the guard's own last goal, which is ahead of the arm: the expert is told of it.
         """
