@@ -302,6 +302,10 @@ class LiveConfig:
     bus: Literal["dds", "rclpy"]
     domain_id: int  # as ROS_DOMAIN_ID
     real_time_factor: float  # below 1: slow motion for every process alike
+    discovery: Literal["LOCALHOST", "SUBNET"] | None  # None: as ROS_AUTOMATIC_DISCOVERY_RANGE, or LOCALHOST
+    peers: tuple[str, ...] | None  # other machines' addresses, with LOCALHOST; None: as ROS_STATIC_PEERS
+    interface: str  # network interface for several machines; empty: the one that is found
+    remap: tuple[str, ...]  # topics under other names, "/FROM:=/TO"
     tick_hz: float  # guard
     state_timeout: float  # guard: older measured state is a fault
     stream_timeout: float  # guard: no action for this long, hold
@@ -314,6 +318,9 @@ class LiveConfig:
     slop: float  # policy: spread of the stamps in one observation
     max_age: float  # policy: oldest observation to act on
     replan_interval: float  # policy: least time between two observations to plan from; 0: as fast as it can
+    mode: Literal["auto", "synchronous", "latency_compensated", "ensembling", "rtc"]  # how chunks follow each other
+    n_action_steps: int | None  # of a chunk before the next one; None: as few as its delay lets it
+    compressed: bool  # images come as CompressedImage
     num_inference_steps: int | None  # None: the checkpoint's
     device: str  # of the policy
     precision: Literal["fp32", "bf16"]

@@ -257,8 +257,15 @@ class Judge:
             },
             "envelope": self.envelope.to_dict() if self.envelope else None,
             "guard": {name: float(value) for name, value in guard.items()},
-            "policy": {name: float(value) for name, value in self.diagnostics.get("policy", {}).items()},
+            "policy": {name: _plain(value) for name, value in self.diagnostics.get("policy", {}).items()},
         }
+
+
+def _plain(value: str) -> Any:
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _percentiles(seconds: Sequence[float]) -> Dict[str, Any]:
@@ -390,6 +397,10 @@ def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[s
             "slop": config.slop,
             "max_age": config.max_age,
             "interval": config.replan_interval,
+            "max_skew": config.max_skew,
+            "mode": config.mode,
+            "n_action_steps": config.n_action_steps,
+            "compressed": config.compressed,
         },
         "recorder": {
             "embodiment": config.env.embodiment,
@@ -455,7 +466,13 @@ def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
 
 
 def _bus_arguments(config: "LiveConfig") -> Dict[str, Any]:
-    return {"kind": config.bus, "domain_id": config.domain_id, "rate": config.real_time_factor}
+    network = {
+        "discovery": config.discovery,
+        "peers": None if config.peers is None else list(config.peers),
+        "interface": config.interface,
+        "remap": list(config.remap),
+    }
+    return {"kind": config.bus, "domain_id": config.domain_id, "rate": config.real_time_factor, **network}
 
 
 def live(

@@ -22,12 +22,14 @@ INJECT = "/twin/inject"  # rehearsal -> twin: a fault to have, see nodes/inject.
 INJECTED = "/twin/injected"  # twin -> rehearsal, latched
 TELEOP = "/dita/teleop"  # human -> guard, as CHUNK
 TELEOP_GRIPPER = "/dita/teleop_gripper"  # human -> guard, as CHUNK_GRIPPER
+HEARTBEAT = "/dita/heartbeat"  # policy or human -> guard: the callbacks still run
 TAKEOVER = "/dita/takeover"  # human -> guard: whose chunks count
 SPEED = "/dita/speed"  # operator -> guard: scale of the limits
 APPROVAL = "/dita/approval"  # operator -> guard: chunks wait for approval, or not
 APPROVE = "/dita/approve"  # operator -> guard: this chunk may go
 RECORD = "/dita/record"  # operator -> recorder
 RECORD_STATE = "/dita/record_state"  # recorder -> all, latched
+POLICY_STATE = "/dita/policy_state"  # policy -> guard, latched: whether it may act, and why not
 PREFLIGHT = "/dita/preflight"  # preflight -> guard, latched
 DIAGNOSTICS = "/diagnostics"
 
