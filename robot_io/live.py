@@ -385,7 +385,10 @@ def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[s
             "embodiment": guards_file(config),
             "require_preflight": config.require_preflight,
         },
-        "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
+        "twin": {
+            "env": asdict(config.env),
+            **{name: getattr(config, name) for name in ("command_timeout", "seed", "driver_hz", "inject", "expert")},
+        },
         "policy": {
             "checkpoint": config.checkpoint,
             "embodiment": config.env.embodiment,

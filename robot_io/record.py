@@ -5,8 +5,8 @@ guard sent.
 """
 
 import contextlib
-import json
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterator, Mapping, Optional, Sequence
 
 from robot_io import messages as m
@@ -125,16 +125,15 @@ def record(
         TimeoutError: a process did not answer; says which.
         ChildProcessError: a process ended by itself; with its name and last lines.
     """
+    config = replace(config, expert=True)
     lines = commands_of(config, NODES, exist)
-    twin = {**arguments_of(config)["twin"], "expert": True}
-    lines["twin"] = [*lines["twin"][:-2], json.dumps(twin), lines["twin"][-1]]
     seed = config.seed + _next_seed(config, exist)
     with contextlib.ExitStack() as stack:
         stack.enter_context(terminate_as_interrupt())
         children = stack.enter_context(Children())
         for name, command in {**lines, **(commands or {})}.items():
             children.start(name, command)
-        bus = open_bus(name="record", **twin["bus"])
+        bus = open_bus(name="record", **arguments_of(config)["twin"]["bus"])
         stack.callback(bus.close)
         desk = Desk(bus, Console(bus, load_robot(guards_file(config))[0]), children.check)
         desk.join(config.start_timeout)
