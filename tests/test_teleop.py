@@ -16,6 +16,8 @@ from test_recorder import DT, T0, HandBus, embodiment, make, vectors
 
 from robot_io import messages as m
 from robot_io.bus_dds import message
+from robot_io.core.chunk_buffer import Chunk
+from robot_io.core.guard import Guard, GuardConfig
 from robot_io.core.limits import parse_robot
 from robot_io.core.space import exponential
 from robot_io.messages import ExecutedStep
@@ -361,6 +363,7 @@ class Guarded(HandBus):
         ("speed:0.3", "at 30% of the limits"),
         ("approval:on", "policy is in control"),
         ("approve:17", "policy is in control"),
+        ("reject:17", "policy is in control"),
         ("status", "chunk 17 waits for approval"),
         ("record:stop", '3 episodes; got {"command": "stop", "success": true}'),
         ("record:fail", 'got {"command": "stop", "success": false}'),
@@ -375,7 +378,7 @@ def test_one_shot_orders_wait_until_they_are_followed(command, says):
     text = one_shot(console, command)
     assert says in text
     assert bus.state["approval"] == (command == "approval:on")
-    assert ("waits" in text) == (command != "approve:17" and not command.startswith("record"))
+    assert ("waits" in text) == (not command.endswith(":17") and not command.startswith("record"))
 
 
 @pytest.mark.parametrize("command", ["arms", "speed:fast", "speed:2", "speed:0", "approve:x", "record:begin", ""])
@@ -427,18 +430,42 @@ def test_the_next_chunk_is_shown_and_waits_for_y_or_n():
     text = text_of(tables[-1])
     assert "chunk 7" in text and "approve? y / n" in text and "16 steps of 12.5 ms" in text
     assert "moves [0.016, 0.032, 0.0]" in text and "across x, up y" in text
+    shown.press("n")
+    assert [m.json_from_ros(v) for t, v in bus.sent if t == APPROVE] == [{"chunk": 7, "approved": False}]
+    assert shown.note == "chunk 7 left out"
+    shown.show()
+    assert shown.shown is None, "the guard has not answered yet"
     bus.state["pending"] = 8
     bus.spin(0.1)
     shown.show()
-    assert shown.shown == 7, "it stays until it is answered"
-    shown.press("n")
-    assert not bus.sent and shown.note == "chunk 7 left out"
-    shown.show()
     assert shown.shown == 8 and "not seen here" in text_of(tables[-1])
     shown.press("y")
-    assert [m.json_from_ros(v) for t, v in bus.sent if t == APPROVE] == [{"chunk": 8}]
+    assert [m.json_from_ros(v) for t, v in bus.sent if t == APPROVE] == [{"chunk": 8, "approved": True}]
     shown.press("y")
     assert len(bus.sent) == 1, "an answer counts once"
+
+
+def test_what_waits_for_approval_stays_until_it_is_answered():
+    config = GuardConfig(0.00625, 0.1, 0.1, 1.0, 0.05, 0.25)
+    guard = Guard(ROBOT, config)
+    guard.on_state(T0, np.array([0.0, 0.6, 0.2]))
+    guard.arm(T0)
+    guard.approval = True
+
+    def offer(id):
+        stamp = T0 + 0.001 * id
+        return guard.on_chunk(Chunk(stamp, DT, np.zeros((8, 3)), np.ones(8), id), stamp)
+
+    assert [offer(id) for id in (1, 2, 3)] == [None] * 3
+    assert guard.pending.id == 1 and guard.counts["chunks while one waits"] == 2
+    guard.leave_out(2)
+    assert guard.pending.id == 1
+    guard.leave_out(1)
+    assert guard.pending is None
+    offer(4)
+    assert guard.pending.id == 4
+    guard.approve(4, T0 + 0.01)
+    assert guard.pending is None
 
 
 def test_console_keys_give_their_orders_and_unknown_ones_none():

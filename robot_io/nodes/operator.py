@@ -98,9 +98,9 @@ class Console:
         """Let chunks wait for approval, or not."""
         self._approval.publish(self.bus.msg(m.BOOL, data=on))
 
-    def approve(self, chunk: int) -> None:
-        """Let one chunk be executed."""
-        self._approve.publish(m.json_to_ros(self.bus.msg, {"chunk": chunk}))
+    def approve(self, chunk: int, yes: bool = True) -> None:
+        """Let one chunk be executed, or have the next one wait in its place."""
+        self._approve.publish(m.json_to_ros(self.bus.msg, {"chunk": chunk, "approved": yes}))
 
     def take_over(self, active: bool) -> None:
         """Give the arm to a human, or back to the policy."""
@@ -225,7 +225,7 @@ def one_shot(console: Console, command: str) -> str:
     """Give one order, wait until it is followed and return what the guard or the recorder then says.
 
     Args:
-        command: arm, disarm, takeover, handback, slow, speed:0.3, approval:on, approval:off, approve:17,
+        command: arm, disarm, takeover, handback, slow, speed:0.3, approval:on, approval:off, approve:17, reject:17,
             record:start, record:stop, record:fail, record:discard, record:seal, status.
 
     Raises:
@@ -249,9 +249,9 @@ def _order(console: Console, command: str, name: str, value: str) -> Tuple[Calla
         if not 0 < scale <= 1:
             raise ValueError(f"{command}: a scale in (0, 1]")
         return lambda: c.set_speed(scale), lambda: c.speed == scale
-    if name == "approve":
+    if name in ("approve", "reject"):
         chunk = int(_number(command, value))
-        return lambda: c.approve(chunk), lambda: c.pending != chunk
+        return lambda: c.approve(chunk, name == "approve"), lambda: c.pending != chunk
     orders: Dict[str, Tuple[Callable[[], None], Callable[[], bool]]] = {
         "arm": (lambda: c.arm(True), lambda: c.guard.get("state") == "ARMED"),
         "disarm": (lambda: c.arm(False), lambda: c.guard.get("state") == "IDLE"),
@@ -263,7 +263,7 @@ def _order(console: Console, command: str, name: str, value: str) -> Tuple[Calla
     }
     if command not in orders:
         raise ValueError(
-            f"no command {command!r}; there are {', '.join(orders)}, slow, speed:SCALE, approve:CHUNK, "
+            f"no command {command!r}; there are {', '.join(orders)}, slow, speed:SCALE, approve:CHUNK, reject:CHUNK, "
             f"record:{'|'.join((*RECORD_COMMANDS, 'fail'))}"
         )
     return orders[command]
@@ -348,7 +348,7 @@ class Screen:
     def __init__(self, console: Console, refresh: Callable[[Any], None]) -> None:
         self.console, self._refresh = console, refresh
         self.shown: Optional[int] = None  # the chunk that waits for y or n
-        self.left_out: Optional[int] = None  # the one that was answered with n
+        self.answered: Optional[int] = None  # the last one; the guard may still name it for a moment
         self.note = ""
 
     def press(self, key: str) -> bool:
@@ -375,17 +375,14 @@ class Screen:
     def _answer(self, yes: bool) -> None:
         if self.shown is None:
             return
-        if yes:
-            self.console.approve(self.shown)
-        else:
-            self.left_out = self.shown
+        self.console.approve(self.shown, yes)
+        self.answered = self.shown
         self.note, self.shown = f"chunk {self.shown} {'approved' if yes else 'left out'}", None
 
     def show(self) -> None:
         """Draw what is."""
         pending = self.console.pending
-        if self.shown is None or pending is None:  # what is on the screen stays there until it is answered
-            self.shown = pending if pending != self.left_out else None
+        self.shown = pending if pending != self.answered else None
         self._refresh(self._table())
 
     def _table(self) -> Any:
