@@ -124,8 +124,13 @@ def build_parser() -> argparse.ArgumentParser:
         dita robot twin
         dita robot policy checkpoint=outputs/train/demo
         dita robot guard
-        dita robot preflight checkpoint=outputs/train/demo preflight.data=[data/demo.zarr]""", True)  # fmt: skip
-    robot.add_argument("role", choices=["live", "twin", "policy", "guard", "preflight"])
+        dita robot preflight checkpoint=outputs/train/demo preflight.data=[data/demo.zarr]
+        dita robot record episodes=10 store=data/live.zarr
+        dita robot teleop instruction='press the button'
+        dita robot operator command=arm
+        dita robot blackbox show=outputs/live/black_box/20261126T201500.250_R3-state-older""", True)  # fmt: skip
+    roles = ["live", "record", "twin", "policy", "guard", "preflight", "recorder", "teleop", "operator", "blackbox"]
+    robot.add_argument("role", choices=roles, help=" | ".join(roles), metavar="ROLE")
     robot.add_argument("--i-know", action="store_true", help="guard: may be armed though no preflight passed")
     _add_exist(robot)
     bench = verb("bench-policy", _bench_policy, "Time one control tick of a checkpoint: image in, chunk out.", """

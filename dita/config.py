@@ -350,6 +350,21 @@ class LiveConfig:
     path: Literal["auto", "graph", "compiled", "eager"]  # auto: CUDA graphs on a GPU; falls back, and says why
     start_timeout: float  # until every process has joined
     episode_timeout: float  # until an episode is over
+    command: str | None  # operator: one order; None: the console
+    store: str  # recorder: folder
+    instruction: str | None  # recorder: of episodes; None: what is on the topic
+    codec: Literal["raw", "jpeg"]  # recorder
+    record_gap: float  # recorder: longest time without an executed step
+    record_seconds: float  # recorder: longest episode
+    record_mb: float  # recorder: pictures of one episode in memory
+    show: str | None  # black box: print this record
+    black_box_seconds: float  # kept
+    black_box_mb: float  # in memory
+    black_box_hz: float  # pictures per camera
+    black_box_after: float  # of a reaction, until it is written
+    black_box_interval: float  # between two records
+    black_box_records: int  # on disk
+    black_box_disk_mb: float
     preflight: PreflightConfig
 
     def __post_init__(self) -> None:
