@@ -263,6 +263,7 @@ class Expect:
     after_queue: bool = False  # the condition is true when the last valid action is over, not at the injection
     problems: Sequence[str] = ()  # that the row itself found
     frozen: float | None = None  # bound of the measured standstill, where nobody commands any more [s]
+    honest: bool = True  # the state on the wire is the arm's, so that it must stay inside the workspace
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -398,7 +399,10 @@ def a5(trial: Trial) -> Expect:
 def a6(trial: Trial) -> Expect:
     """A clock jumps by ten seconds, in the driver or in the guard."""
     node, jump = trial.variant
-    t0 = trial.rig.inject(node, clock=jump)
+    if node == "twin":
+        t0 = trial.rig.inject(node, when="out", **outgoing([*STATES, *IMAGES], stamp=jump))
+    else:
+        t0 = trial.rig.inject(node, clock=jump)
     trial.stopped(1.5, 0.4)
     return Expect(t0, "clock|old|future|back|out of order|stamp")
 
@@ -460,7 +464,7 @@ def a12(trial: Trial) -> Expect:
     if where == "state":
         t0 = trial.rig.inject("twin", when="out", **outgoing([t.TOOL_POSE], times=factor))
         trial.faulted(1.0, 0.25)
-        return Expect(t0, "state|measured|workspace|unit|jump", bound=TICK_BOUND, state=("FAULT",))
+        return Expect(t0, "state|measured|workspace|unit|jump", bound=TICK_BOUND, state=("FAULT",), honest=False)
     t0 = trial.rig.inject("policy", when="out", **outgoing([t.CHUNK], times=factor))
     trial.stopped()
     return Expect(t0, "range|limit|unit", bound=TICK_BOUND)
@@ -560,7 +564,9 @@ def a20(trial: Trial) -> Expect:
 def a21(trial: Trial) -> Expect:
     """DDS packets get lost."""
     t0 = time.monotonic()
-    trial.rig.spin(3.0)
+    while time.monotonic() < t0 + 3.0:
+        trial.rig.arm()  # 20 % and more: it may stop, and must never leave the envelope
+        trial.rig.spin(0.3)
     return Expect(t0, stop=False if trial.rig.loss <= 50 else None)
 
 
@@ -609,7 +615,7 @@ def a25(trial: Trial) -> Expect:
         rig.spin(1.0)
     names = {"guard": "stopped|disarmed|IDLE|injected|raised", "policy": "policy is gone|no action|injected"}[node]
     states = ("IDLE", "HOLDING", "FAULT")
-    return Expect(t0, names, state=states, bound=0.15, problems=problems, extra={"gone_s": time.monotonic() - begin})
+    return Expect(t0, names, state=states, after_queue=node == "policy", problems=problems, extra={"gone_s": time.monotonic() - begin})
 
 
 def a26(trial: Trial) -> Expect:
@@ -627,7 +633,7 @@ def a26(trial: Trial) -> Expect:
     rig.spin(float(trial.rng.uniform(0.05, 0.3)))
     back = rig.kill("guard", signal.SIGCONT)
     trial.stopped(1.0, 0.4)
-    return Expect(back, "overrun|old|no action|clock", stop=None)
+    return Expect(back, "overrun|old|no action|clock|policy is gone", stop=None)
 
 
 def restart(trial: Trial) -> Expect:
@@ -647,6 +653,7 @@ def back_in_motion(trial: Trial, t0: float, begin: float) -> Expect:
     problems = []
     try:
         trial.rig.idle()
+        trial.rig.reset()  # a new twin waits for it
         trial.rig.move(0.5)
     except (TimeoutError, Void) as e:
         problems.append(str(e))
@@ -764,7 +771,7 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
         problems.append(f"{verdict['non_finite']} commands not finite")
     if verdict["violations"]:
         problems.append(f"outside the envelope: {verdict['violations']}")
-    if verdict["measured_outside"] or verdict["warnings"]:
+    if (verdict["measured_outside"] and expect.honest) or verdict["warnings"]:
         problems.append(f"measured outside {verdict['measured_outside']}, warnings {verdict['warnings']}")
     if verdict["executed_back"]:
         problems.append(f"{verdict['executed_back']} steps executed out of order")
@@ -800,7 +807,7 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
         "state_s": state["s"] if state else None, "state": state,
         "named_s": named, "must_name": bool(expect.names),
         "text": verdict["named"]["text"] if expect.names and verdict["named"] else None,
-        "commands": verdict["commands"], "violations": verdict["violations"], "non_finite": verdict["non_finite"],
+        "commands": verdict["commands"], "details": verdict["details"], "violations": verdict["violations"], "non_finite": verdict["non_finite"],
         "speed": verdict["speed"], "extra": dict(expect.extra),
     }  # fmt: skip
 
@@ -810,16 +817,19 @@ def repetition(row: Row, rig: Rig, k: int, seed: int) -> dict[str, Any]:
     rng = np.random.default_rng([seed, zlib.crc32(row.id.encode()), k])
     variant = row.variants[k % len(row.variants)]
     helper = HELPERS.get(row.id)
+    for name in set(HELPERS.values()) - {helper}:
+        rig.end(name)  # the replayer also offers chunks: while it lives, a policy is never quite gone
     if helper and not rig.alive(helper):
         rig.start(helper)
         rig.spin(1.5)
     for attempt in range(TRIES):
         since = time.monotonic()
-        rig.move(float(rng.uniform(*row.phase)))
+        with contextlib.suppress(Void) if rig.loss > 50 else contextlib.nullcontext():
+            rig.move(float(rng.uniform(*row.phase)))
         trial = Trial(rig, variant, rng, since)
         expect = row.run(trial)
         verdict = rig.verdict(since, expect.t0, expect.names or "$^")
-        steady = verdict["speed"] is not None and verdict["speed"] > 0.1
+        steady = rig.loss > 50 or verdict["speed"] is not None and verdict["speed"] > 0.1
         rig.clear()
         if steady or attempt == TRIES - 1:
             break

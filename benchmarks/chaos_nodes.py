@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -416,6 +417,7 @@ class Reader:
         self.commands: deque[Any] = deque()  # (arrival, writer, stamp, position, speed)
         self.measured: deque[Any] = deque()  # (arrival, position)
         self.violations: deque[Any] = deque()  # (arrival, what)
+        self.details: deque[Any] = deque()  # (arrival, spacing and speeds of the commands of a violation)
         self.states: deque[Any] = deque()  # (arrival, state, reason)
         self.texts: deque[Any] = deque()  # (arrival, text)
         self.executed: deque[Any] = deque()  # (arrival, chunk stamp, index)
@@ -473,6 +475,10 @@ class Reader:
         after["non_finite"] = stream["envelope"].non_finite
         for what in after - before:
             self._keep(self.violations, what)
+            recent = stream["envelope"].recent()
+            detail = {"what": what, "dt_ms": [round(1e3 * float(b[0] - a[0]), 3) for a, b in pairwise(recent)]}
+            detail["speeds"] = [round(float(np.linalg.norm(b[1] - a[1]) / (b[0] - a[0])), 4) for a, b in pairwise(recent)]
+            self._keep(self.details, detail)
         new = stream["last"] is None or stream["envelope"].gaps > gaps
         speed = np.nan
         if not new:
@@ -485,10 +491,8 @@ class Reader:
         """A stream begins at the measured position; one that is interrupted goes on within the limits of speed."""
         if not new:
             return
-        known = last is not None and time.monotonic() - last[2] < 0.5
-        if known and np.linalg.norm(position - last[1]) > self.robot.limits.max_speed * (
-            time.monotonic() - last[2] + 0.05
-        ):
+        pause = np.inf if last is None else time.monotonic() - last[2]
+        if pause < SILENT_S and np.linalg.norm(position - last[1]) > self.robot.limits.max_speed * (pause + 0.05):
             self._keep(self.violations, "jump across a gap of stamps")
         if last is None and self.measured:
             away = float(np.linalg.norm(position - self.measured[-1][1]))
@@ -546,6 +550,7 @@ class Reader:
         return {
             "commands": len(commands),
             "violations": {k: v for k, v in broken.items() if not k.startswith("non_finite")},
+            "details": [d for at, d in self.details if since <= at <= until][:5],
             "non_finite": non_finite,
             "measured_outside": sum(not (np.all(p >= low) and np.all(p <= high)) for _, p in measured),
             "warnings": sum(self.episode.get("warnings", {}).values()),
@@ -556,7 +561,7 @@ class Reader:
             "states": [s for at, s, _ in self.states if t0 <= at <= until],
             "named": None if not named else {"s": max(0.0, named[0][0] - t0), "text": named[0][1][:300]},
             "executed": len(chunks),
-            "executed_back": sum(b < a for a, b in zip(chunks, chunks[1:], strict=False)),
+            "executed_back": sum(b < a for a, b in pairwise(chunks)),
             "wall_m": min((float(np.min(np.minimum(p - low, high - p))) for *_, p, _ in commands), default=1.0),
         }
 
@@ -575,7 +580,11 @@ class Reader:
         gap = next((a for a, b in zip(times, [*times[1:], np.inf], strict=True) if b - a > SILENT_S), None)
         if gap is not None and time.monotonic() - gap > SILENT_S:
             result["ended_s"] = gap - t0
-        still = _first_still([(c[0], c[4]) for c in after if np.isfinite(c[4])])
+        moved = [(c[0], c[4]) for c in after if np.isfinite(c[4])]
+        still = _first_still(moved)
+        if still is None and regular and moved and result["ended_s"] is not None:
+            at, speed = moved[-1]  # a stream that ends at rest ends with the last bit of its braking
+            still = at if at <= t0 + result["ended_s"] + 0.01 and speed < 0.2 * min(regular) else None
         if not regular or still is None:
             return result
         threshold = SLOWER * min(regular)

@@ -152,6 +152,10 @@ class EnvelopeReader:
                 slack = 2**order * self.limits.max_speed * STAMP_S / shortest**order
                 self.violations[name] += value > bound * (1 + 1e-3) + slack
 
+    def recent(self) -> List[Any]:
+        """Return the newest commands of the stream, oldest first, as (stamp, position)."""
+        return list(self._samples)
+
     def _derivative(self, order: int) -> float:
         samples = list(self._samples)[-order - 1 :]
         times = [stamp - samples[0][0] for stamp, _ in samples]
