@@ -224,7 +224,7 @@ class Judge:
         self.ages.append(self.bus.now() - m.stamp_of(message))
 
     def _on_executed(self, message: Any) -> None:
-        chunk = m.stamp_of(message)
+        chunk = m.executed_from_ros(message).chunk
         if chunk != self._first:
             self._first = chunk
             self.latencies.append(self.bus.now() - chunk)

@@ -1,12 +1,15 @@
 """The contract of a bus, on every bus there is: DDS over the wire between processes, rclpy where it is installed."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from robot_io import messages as m
@@ -17,6 +20,15 @@ DOMAIN = 61
 T = 1_795_471_436.791799  # a stamp of today with all its digits
 IMAGE = np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)
 DELTAS = np.random.default_rng([0, 5]).uniform(-0.01, 0.01, (16, 3))
+POSES = np.random.default_rng([0, 6]).uniform(-1.0, 1.0, (16, 7))
+EXECUTED = m.ExecutedStep(T, 3, 7, T + 0.09, DELTAS[0], DELTAS[1], "policy", 0.25)
+
+
+def png(rgb: np.ndarray, format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(rgb).save(buffer, format, **options)
+    return buffer.getvalue()
+
 
 # name -> (type, QoS, build, read, expected)
 MESSAGES = {
@@ -51,10 +63,39 @@ MESSAGES = {
     "executed": (
         m.CARTESIAN_TRAJECTORY,
         STATE,
-        lambda g: m.executed_to_ros(g, T, 7, 0.0125, "tool", "base", DELTAS[0], DELTAS[1]),
-        lambda x: np.concatenate(m.executed_from_ros(x, 0.0125)[2:]),
+        lambda g: m.executed_to_ros(g, EXECUTED, 0.0125, ["tool"], joint=False),
+        lambda x: np.concatenate([m.executed_from_ros(x).target, m.executed_from_ros(x).delta]),
         DELTAS[:2].reshape(-1),
     ),
+    "pose chunk": (
+        m.CARTESIAN_TRAJECTORY,
+        COMMAND,
+        lambda g: m.cartesian_chunk_to_ros(g, T, 0.0125, "tool", "base", POSES, delta=False, id=12),
+        lambda x: m.cartesian_chunk_from_ros(x, delta=False, rotation=True)[1],
+        POSES,
+    ),
+    "twist chunk": (
+        m.CARTESIAN_TRAJECTORY,
+        COMMAND,
+        lambda g: m.cartesian_chunk_to_ros(g, T, 0.0125, "tool", "base", POSES[:, :6], delta=True, id=12),
+        lambda x: m.cartesian_chunk_from_ros(x, delta=True, rotation=True)[1],
+        POSES[:, :6],
+    ),
+    "joint command": (
+        m.JOINT_TRAJECTORY,
+        COMMAND,
+        lambda g: m.joint_command_to_ros(g, T, ["x", "y", "z"], DELTAS[0], DELTAS[1], 0.00625),
+        lambda x: np.concatenate([x.points[0].positions, x.points[0].velocities]),
+        DELTAS[:2].reshape(-1),
+    ),
+    "compressed": (
+        m.COMPRESSED_IMAGE,
+        SENSOR,
+        lambda g: m.compressed_to_ros(g, T, png(IMAGE), "cam", "png"),
+        m.compressed_from_ros,
+        IMAGE,
+    ),
+    "float": (m.FLOAT, STATE, lambda g: m.float_to_ros(g, 0.25), m.float_from_ros, 0.25),
     "diagnostics": (
         m.DIAGNOSTICS,
         STATE,
@@ -118,7 +159,7 @@ def test_every_message_survives_the_wire_and_back(bus, echo, name):
     sent = build(bus.msg)
     until(bus, lambda: back, lambda: publisher.publish(sent))
     if hasattr(back[0], "header"):
-        assert m.stamp_of(back[0]) == T, "exactly"
+        assert m.stamp_of(back[0]) == (EXECUTED.stamp if name == "executed" else T), "exactly"
     if name == "pose":
         np.testing.assert_array_equal(np.concatenate(m.pose_from_ros(back[0])), [1, 2, 3, 0.5, 0.5, -0.5, 0.5])
         assert back[0].pose.orientation.w == 0.5 and back[0].pose.orientation.y == -0.5, "xyzw on the wire"
@@ -134,7 +175,8 @@ def test_every_message_survives_the_wire_and_back(bus, echo, name):
         image = read(back[0])
         assert image.base is not None and not image.flags.owndata, "a view, not a copy"
     if name == "executed":
-        assert m.executed_from_ros(back[0], 0.0125)[:2] == (T, 7)
+        step = m.executed_from_ros(back[0])
+        assert (step.chunk, step.id, step.index, step.source, step.gripper) == (T, 3, 7, "policy", 0.25)
 
 
 def test_late_joiner_gets_what_is_latched(bus):
@@ -268,15 +310,54 @@ def test_images_of_other_layouts():
     with pytest.raises(ValueError, match="needs 15 bytes, got 10"):
         m.image_from_ros(padded)
     padded.encoding = "mono8"
-    with pytest.raises(ValueError, match="mono8"):
+    with pytest.raises(ValueError, match="'mono8' is not supported; send rgb8, bgr8, rgba8, bgra8"):
         m.image_from_ros(padded)
+    with pytest.raises(ValueError, match="of 48 x 64, but the embodiment's camera has 64 x 48"):
+        m.image_from_ros(bgr, (64, 48))
+
+
+@pytest.mark.parametrize(("encoding", "order"), [("rgba8", [0, 1, 2, 3]), ("bgra8", [2, 1, 0, 3])])
+def test_alpha_is_left_out(encoding, order):
+    four = np.dstack([IMAGE, np.full(IMAGE.shape[:2], 7, np.uint8)])[..., order]
+    image = message(m.IMAGE, height=48, width=64, step=256, encoding=encoding, data=four.reshape(-1))
+    np.testing.assert_array_equal(m.image_from_ros(image, (48, 64)), IMAGE)
+
+
+def test_compressed_images_are_rgb_whoever_encoded_them():
+    smooth = np.full((48, 64, 3), (200, 100, 50), np.uint8)
+    jpeg = m.compressed_to_ros(message, T, png(smooth, "JPEG", quality=95), "cam")
+    assert np.abs(m.compressed_from_ros(jpeg, (48, 64)).astype(int) - smooth).max() <= 3
+    jpeg.format = "rgb8; jpeg compressed bgr8"
+    assert np.abs(m.compressed_from_ros(jpeg).astype(int) - smooth).max() <= 3
+    swapped = m.compressed_to_ros(message, T, png(IMAGE[..., ::-1]), "cam", "rgb8; png compressed rgb8")
+    np.testing.assert_array_equal(m.compressed_from_ros(swapped), IMAGE)
+    alpha = np.dstack([IMAGE, np.full(IMAGE.shape[:2], 7, np.uint8)])
+    np.testing.assert_array_equal(m.compressed_from_ros(m.compressed_to_ros(message, T, png(alpha), "c", "png")), IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("data", "format", "size", "says"),
+    [
+        (png(IMAGE), "16UC1; compressedDepth png", None, "compressedDepth png' is not supported; send jpeg or png"),
+        (png(IMAGE), "tiff", None, "'tiff' is not supported"),
+        (png(IMAGE)[:100], "png", None, "of 100 bytes cannot be decoded"),
+        (b"GIF89a", "png", None, "cannot be decoded"),
+        (png(IMAGE), "png", (64, 48), "of 48 x 64, but the embodiment's camera has 64 x 48"),
+        (png(IMAGE[..., 0]), "png", None, "channels 'L' is not supported"),
+        (png(np.zeros((8192, 8192, 3), np.uint8)), "png", None, "of 8192 x 8192 is larger than"),
+    ],
+)
+def test_compressed_images_that_are_something_else_are_refused(data, format, size, says):
+    with pytest.raises(ValueError, match=says):
+        m.compressed_from_ros(m.compressed_to_ros(message, T, data, "cam", format), size)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda x: setattr(x, "name", ["a", "a"]), "unique name"),
-        (lambda x: setattr(x, "position", np.zeros(1)), "one position per unique name"),
+        (lambda x: setattr(x, "name", ["a", "a"]), "unique names, got a twice in a, a"),
+        (lambda x: setattr(x, "position", np.zeros(1)), "one position per name, got 1 for a, b"),
+        (lambda x: setattr(x, "position", np.zeros(0)), "one position per name, got 0 for a, b"),
     ],
 )
 def test_broken_joint_states_are_refused(change, says):
@@ -301,5 +382,68 @@ def test_broken_chunks_are_refused():
     joint = m.joint_chunk_to_ros(message, T, 0.1, ["a"], np.ones((2, 1)), "positions")
     with pytest.raises(ValueError, match="needs 1 effort"):
         m.joint_chunk_from_ros(joint, "effort")
+    with pytest.raises(ValueError, match="a where b, c are expected: missing b, c, unknown a"):
+        m.joint_chunk_from_ros(joint, "positions", ["b", "c"])
+    with pytest.raises(ValueError, match="twice a"):
+        m.order_of(["a", "b"], ["a", "b", "a"])
     with pytest.raises(ValueError, match="no quantity 'torque'"):
         m.joint_chunk_to_ros(message, T, 0.1, ["a"], np.ones((2, 1)), "torque")
+
+
+def test_a_chunk_that_turns_an_arm_without_rotation_is_refused():
+    turning = m.cartesian_chunk_to_ros(message, T, 0.1, "tool", "base", POSES, delta=False)
+    with pytest.raises(ValueError, match="turns the tool, but this embodiment's actions have no rotation"):
+        m.cartesian_chunk_from_ros(turning, delta=False)
+    turning = m.cartesian_chunk_to_ros(message, T, 0.1, "tool", "base", POSES[:, :6], delta=True)
+    assert turning.points[2].velocities[0].angular.x == pytest.approx(POSES[2, 3] / 0.1), "rotation vector / dt"
+    with pytest.raises(ValueError, match="turns the tool"):
+        m.cartesian_chunk_from_ros(turning, delta=True)
+
+
+def test_chunks_carry_their_id_and_joints_map_by_name():
+    tool = m.cartesian_chunk_to_ros(message, T, 0.1, "tool", "base", DELTAS, delta=True, id=41)
+    assert m.chunk_id_of(tool) == 41 and tool.header.frame_id == "base", "a frame of TF"
+    joint = m.joint_chunk_to_ros(message, T, 0.1, ["a", "b"], np.array([[1.0, 2.0]]), "positions", id=42)
+    assert m.chunk_id_of(joint) == 42 and joint.joint_names == ["a", "b"], "names a controller knows"
+    np.testing.assert_array_equal(m.joint_chunk_from_ros(joint, "positions", ["b", "a"])[1], [[2.0, 1.0]])
+    assert m.chunk_id_of(m.cartesian_chunk_to_ros(message, T, 0.1, "tool", "base", DELTAS, delta=True)) == 0
+    tool.joint_names = ["tool#1e5"]
+    with pytest.raises(ValueError, match="id must be a number, got 'tool#1e5'"):
+        m.chunk_id_of(tool)
+
+
+@pytest.mark.parametrize(("joint", "target", "delta"), [(True, 7, 7), (False, 7, 6), (False, 3, 3)])
+def test_an_executed_step_says_which_of_whose_chunk_and_reads_as_a_trajectory(joint, target, delta):
+    target, delta = POSES[0, :target], POSES[1, :delta]
+    step = m.ExecutedStep(T, 9, 2, T + 0.3, target, delta, "teleop")
+    sent = m.executed_to_ros(message, step, 0.1, ["tool"] if not joint else list("abcdefg"), joint)
+    assert m.stamp_of(sent) == T + 0.3 and sent.points[0].time_from_start.nanosec == 100_000_000
+    back = m.executed_from_ros(sent, rotation=len(delta) == 6)
+    np.testing.assert_allclose(back.target, target, rtol=1e-15)
+    np.testing.assert_allclose(back.delta, delta, rtol=1e-15)
+    assert (back.chunk, back.id, back.index, back.source, back.gripper) == (T, 9, 2, "teleop", None)
+    with pytest.raises(ValueError, match="not an executed step: 'base'"):
+        m.executed_from_ros(m.cartesian_chunk_to_ros(message, T, 0.1, "tool", "base", DELTAS[:1], delta=True))
+    with pytest.raises(ValueError, match="no slash"):
+        m.executed_to_ros(message, m.ExecutedStep(T, 9, 2, T, target, delta, "a/b"), 0.1, ["tool"], joint)
+
+
+def test_joint_states_carry_velocities_by_name():
+    state = m.joints_to_ros(message, T, {"b": 1.0, "a": 2.0}, {"a": 0.2, "b": 0.1})
+    assert m.joints_from_ros(state) == {"b": 1.0, "a": 2.0}
+    assert m.joint_velocities_from_ros(state) == {"b": 0.1, "a": 0.2}
+    assert m.joint_velocities_from_ros(m.joints_to_ros(message, T, {"a": 1.0})) == {}
+    state.velocity = np.zeros(1)
+    with pytest.raises(ValueError, match="one velocity per name, got 1 for b, a"):
+        m.joint_velocities_from_ros(state)
+
+
+def test_numbers_and_grippers_are_checked():
+    assert m.float_from_ros(m.float_to_ros(message, 0.5)) == 0.5
+    with pytest.raises(ValueError, match="not finite"):
+        m.float_from_ros(m.float_to_ros(message, float("nan")))
+    closing = m.gripper_to_ros(message, T, ["left", "right"], 0.04, "positions", 0.1)
+    grip = m.gripper_command_to_ros(lambda type, **fields: SimpleNamespace(type=type, **fields), 0.03)
+    assert grip.type == "control_msgs/msg/GripperCommand" and grip.max_effort == 0.0
+    assert m.gripper_command_from_ros(grip) == 0.03
+    assert closing.joint_names == ["left", "right"] and list(closing.points[0].positions) == [0.04, 0.04]

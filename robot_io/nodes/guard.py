@@ -127,9 +127,9 @@ class GuardNode:
                 )
                 self._gripper_sent = command.gripper
         if executed is not None:
-            chunk, index = executed.step.chunk.stamp, executed.step.index
-            goal, delta = executed.goal, executed.delta
-            self._executed.publish(m.executed_to_ros(msg, chunk, index, dt, motion.name, BASE_FRAME, goal, delta))
+            chunk, index, gripper = executed.step.chunk.stamp, executed.step.index, self.guard and self.guard.gripper
+            step = m.ExecutedStep(chunk, 0, index, now, executed.goal, executed.delta, "policy", gripper)
+            self._executed.publish(m.executed_to_ros(msg, step, dt, [motion.name], joint=False))
         self._show(guard)
 
     def _show(self, guard: Guard) -> None:
