@@ -17,6 +17,8 @@ ARM = "/dita/arm"  # operator -> guard
 GUARD_STATE = "/dita/state"  # guard -> all
 EPISODE = "/dita/episode"  # operator -> twin: reset
 EPISODE_STATE = "/dita/episode_state"  # twin -> operator
+INJECT = "/twin/inject"  # rehearsal -> twin: a fault to have, see nodes/inject.py
+INJECTED = "/twin/injected"  # twin -> rehearsal, latched
 DIAGNOSTICS = "/diagnostics"
 
 BASE_FRAME = "base_link"
