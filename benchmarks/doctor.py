@@ -23,7 +23,7 @@ import numpy as np
 from dita.datasets.doctor import Recording, check_clip, diagnose, examine, learn_usual, scan_frames
 from dita.datasets.store import Store, StoreWriter
 from dita.embodiment import embodiment_from_dict, slices
-from dita.evaluate import wilson
+from dita.statistics import wilson
 from dita.types import EmbodimentSpec, Episode
 
 ROOT = Path(__file__).parent.parent

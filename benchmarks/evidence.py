@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dita.evaluate import wilson
+from dita.statistics import wilson
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("outputs/evidence")

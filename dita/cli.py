@@ -53,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Callable[..., None], about: str, examples: str, hydra: bool) -> argparse.ArgumentParser:
         epilog = "examples:\n" + "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
         if hydra:
-            epilog += f"\n\nkey=value overrides: every key stands in {config_folder()}/{name}.yaml"
+            keys = "eval" if name == "compare" else name
+            epilog += f"\n\nkey=value overrides: every key stands in {config_folder()}/{keys}.yaml"
         sub = verbs.add_parser(
             name, help=about, description=about, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -106,6 +107,18 @@ def build_parser() -> argparse.ArgumentParser:
         dita eval outputs/train/demo episodes=100 env.tasks=[drawer-open-v3] n_action_steps=4""", True)  # fmt: skip
     evaluate.add_argument("checkpoint", help="run, checkpoint or policy folder")
     _add_exist(evaluate)
+    compare = verb("compare", _compare, "Compare two checkpoints, or two methods, on the same starts.", """
+        dita compare outputs/eval/a outputs/eval/b
+        dita compare outputs/train/a outputs/train/b out=outputs/compare episodes=150
+        dita compare outputs/train/a outputs/train/b out=outputs/compare --maximum 200
+        dita compare --methods eval/a0,eval/a1,eval/a2 eval/b0,eval/b1,eval/b2""", True)  # fmt: skip
+    compare.add_argument("a", help="evaluation (the out= of dita eval) or checkpoint; with --methods, several by comma")
+    compare.add_argument("b", help="likewise")
+    compare.add_argument("--maximum", type=int, metavar="N", help="stop when decided, after N starts per task at most")
+    compare.add_argument("--methods", action="store_true", help="two methods: evaluations of 3 or more training seeds")
+    compare.add_argument("--smallest-effect", type=float, default=0.1, metavar="D",
+                         help="below it methods are equivalent; declare it beforehand (0.1)")  # fmt: skip
+    compare.add_argument("--json", metavar="FILE", help="write the result there")
     robot = verb("robot", _robot, "Run the live stack: twin, policy and guard over DDS.", """
         dita robot live checkpoint=outputs/train/demo out=outputs/live
         dita robot twin
@@ -297,6 +310,18 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
     from dita.policy.policy import DitaPolicy
 
     evaluate(DitaPolicy.from_pretrained(args.checkpoint, config.device), config, exist=args.exist)
+
+
+def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = compose("eval", overrides, EvalConfig)
+    from dita.compare import compare, compare_groups
+
+    if args.methods:
+        methods = compare_groups(args.a.split(","), args.b.split(","), args.smallest_effect)
+        if args.json:
+            Path(args.json).write_text(json.dumps({**asdict(methods), "verdict": methods.verdict}, indent=1))
+        return
+    compare(args.a, args.b, config, maximum=args.maximum, out=args.json)
 
 
 def _robot(args: argparse.Namespace, overrides: list[str]) -> None:

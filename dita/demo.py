@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dita.checkpoint import read_json, write_json
 from dita.config import DemoConfig
-from dita.evaluate import wilson
+from dita.statistics import wilson
 from robot_io.live import closing_lines
 
 

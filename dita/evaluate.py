@@ -19,7 +19,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from statsmodels.stats.proportion import proportion_confint
 
 from dita.config import EvalConfig, to_dict
 from dita.datasets.shards import difference
@@ -27,12 +26,13 @@ from dita.embodiment import canonical_json, load_embodiment
 from dita.envs import check_tasks
 from dita.envs.rollout import EpisodeResult, Start, Timing, rollout
 from dita.policy.policy import DitaPolicy
+from dita.statistics import Rate, bootstrap_macro, macro, rate
 from dita.types import ActionChunk, EmbodimentSpec, RawObservation
 
 RULE = "success at any step, which ends the episode; warnings of the simulator and actions that are not finite fail it"
 PACKAGES = ("dita", "torch", "numpy", "mujoco", "metaworld", "gymnasium", "diffusers", "transformers")
 # what may change between an interrupted evaluation and its continuation
-FREE = ("out", "n_envs", "threads", "device", "videos")
+FREE = ("out", "n_envs", "threads", "device", "videos", "episodes")
 
 
 class Baseline(Protocol):
@@ -70,16 +70,6 @@ class Zero:
         """Return chunks of zeros."""
         zeros = np.zeros((self.n_action_steps, self._spec.action_dim), np.float32)
         return [ActionChunk(zeros, h[-1].stamp, self._spec.action_dt, self._spec.name) for h in histories]
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A success rate with its 95 % interval."""
-
-    episodes: int
-    successes: int
-    success_rate: float
-    interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -139,11 +129,11 @@ def summarise(episodes: Sequence[EpisodeResult]) -> EvalResult:
     by_task: dict[str, list[bool]] = {}
     for e in episodes:
         by_task.setdefault(e.task, []).append(e.success)
-    tasks = {task: _wilson(wins) for task, wins in by_task.items()}
+    tasks = {task: rate(wins) for task, wins in by_task.items()}
     latency = [s for e in episodes for s in e.latency]
     p50, p99 = (float(p) for p in np.percentile(latency, (50, 99)))
     return EvalResult(
-        tasks, _wilson([e.success for e in episodes]), _macro(list(tasks.values())), (p50, p99), tuple(episodes)
+        tasks, rate([e.success for e in episodes]), macro(list(tasks.values())), (p50, p99), tuple(episodes)
     )
 
 
@@ -195,6 +185,20 @@ def _starts(config: EvalConfig, out: Path) -> list[Start]:
     ]
 
 
+def read_episodes(out: Path) -> list[EpisodeResult]:
+    """Read the episodes of an evaluation, in the order in which they ended.
+
+    Raises:
+        ValueError: `out` holds no evaluation.
+    """
+    lines = out / "episodes.jsonl"
+    if not lines.is_file():
+        raise ValueError(f"{out} holds no evaluation: it has no episodes.jsonl; give the out= of dita eval")
+    # a kill may have cut the last line
+    whole = [line for line in lines.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [_episode(json.loads(line)) for line in whole]
+
+
 def _open(out: Path, asked: Mapping[str, Any], exist: str) -> dict[tuple[str, int], EpisodeResult]:
     """Return the episodes that an interrupted evaluation of the same policy and settings has finished."""
     if out.exists() and exist == "error":
@@ -230,35 +234,19 @@ def _episode(values: Mapping[str, Any]) -> EpisodeResult:
     return EpisodeResult(**{**values, "latency": tuple(values["latency"])})
 
 
-def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a success rate (Wilson 1927)."""
-    low, high = np.asarray(proportion_confint(successes, episodes, alpha=0.05, method="wilson"))
-    return float(low), float(high)
-
-
-def _wilson(wins: Sequence[bool]) -> Rate:
-    return Rate(len(wins), sum(wins), sum(wins) / len(wins), wilson(sum(wins), len(wins)))
-
-
-def _macro(tasks: Sequence[Rate]) -> Rate:
-    # MOVER joins Wilson's limits; a bootstrap of 50 successes in 50 would claim [1, 1]
-    rates, limits = np.array([r.success_rate for r in tasks]), np.array([r.interval for r in tasks])
-    mean = float(rates.mean())
-    below, above = np.sqrt(((limits - rates[:, None]) ** 2).sum(axis=0)) / len(tasks)
-    total, wins = sum(r.episodes for r in tasks), sum(r.successes for r in tasks)
-    return Rate(total, wins, mean, (mean - float(below), mean + float(above)))
-
-
 def _info(result: EvalResult, asked: Mapping[str, Any]) -> dict[str, Any]:
     episodes = result.episodes
     return {
         "rule": RULE,
         "tasks": {
-            task: {**asdict(rate), "mean_steps": float(np.mean([e.steps for e in episodes if e.task == task]))}
-            for task, rate in result.tasks.items()
+            task: {**asdict(r), "mean_steps": float(np.mean([e.steps for e in episodes if e.task == task]))}
+            for task, r in result.tasks.items()
         },
         "pooled": asdict(result.pooled),
-        "macro": asdict(result.macro),
+        "macro": {
+            **asdict(result.macro),
+            "bootstrap": bootstrap_macro([[e.success for e in episodes if e.task == task] for task in result.tasks], 0),
+        },
         "latency_s": {"p50": result.latency[0], "p99": result.latency[1]},
         "distinct_starts": len({e.start_hash for e in episodes}),
         "reasons": {r: sum(e.reason == r for e in episodes) for r in sorted({e.reason for e in episodes})},
@@ -285,13 +273,13 @@ def _git(*arguments: str) -> str | None:
 def _running(done: Mapping[Any, EpisodeResult]) -> str:
     if not done:
         return ""
-    rate = _wilson([e.success for e in done.values()])
-    return f"{rate.successes} succeeded, 95 % {rate.interval[0]:.0%} .. {rate.interval[1]:.0%}"
+    so_far = rate([e.success for e in done.values()])
+    return f"{so_far.successes} succeeded, 95 % {so_far.interval[0]:.0%} .. {so_far.interval[1]:.0%}"
 
 
 def _progress() -> Progress:
-    text, rate = TextColumn("[progress.description]{task.description}"), TextColumn("{task.fields[rate]}")
-    return Progress(text, BarColumn(), MofNCompleteColumn(), rate, TimeElapsedColumn(), TimeRemainingColumn())
+    text, so_far = TextColumn("[progress.description]{task.description}"), TextColumn("{task.fields[rate]}")
+    return Progress(text, BarColumn(), MofNCompleteColumn(), so_far, TimeElapsedColumn(), TimeRemainingColumn())
 
 
 def _print(result: EvalResult, out: Path) -> None:

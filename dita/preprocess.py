@@ -67,7 +67,7 @@ class Contract:
     def hash_of(self, embodiment: str) -> str:
         """Return the hash that training, evaluation and this robot compare; limits and wording left out."""
         spec = embodiment_to_dict(self.specs[embodiment])
-        hashed = {key: value for key, value in spec.items() if key not in ("limits", "robot")}
+        hashed = {key: value for key, value in spec.items() if key not in ("limits", "driver", "robot")}
         return sha256_json(
             {"preprocess": dict(self.preprocess), "spec": hashed, "stats": stats_to_dict(self.stats[embodiment])}
         )
@@ -89,7 +89,7 @@ class Contract:
         differences = [
             f"{path}: checkpoint {a!r}, here {b!r}"
             for key in ours
-            if key not in ("limits", "robot")
+            if key not in ("limits", "driver", "robot")
             for path, a, b in _differences(key, ours[key], theirs[key])
         ]
         if differences:

@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dita.checkpoint import read_json
-from dita.evaluate import wilson
 from dita.page import BLUE, GREEN, ORANGE, RC, Draw, Html, escape, grid, plot, section, strip, table, uri, write_page
+from dita.statistics import wilson
 
 PARTS = ("times.json", "train/config.json", "eval/eval_info.json", "live/live.json")
 STRIP_FRAMES = 6

@@ -107,15 +107,79 @@ class CameraSpec:
 
 
 @dataclass(frozen=True)
-class MotionLimits:
-    """What the guard lets out, for Cartesian commands; tool speed in m/s, m/s^2, m/s^3, workspace in m."""
+class JointLimits:
+    """What the guard lets out, joint by joint, for joint commands; one value per name, SI."""
 
-    max_speed: float
-    max_acceleration: float
-    max_jerk: float
-    workspace_low: tuple[float, float, float]
-    workspace_high: tuple[float, float, float]
-    max_lag: float  # leash |commanded - measured| [m]
+    names: tuple[str, ...]
+    low: tuple[float, ...]  # [rad]
+    high: tuple[float, ...]
+    velocity: tuple[float, ...]  # [rad/s]
+    acceleration: tuple[float, ...]  # [rad/s^2]
+    jerk: tuple[float, ...]  # [rad/s^3]
+    max_lag: float  # leash |commanded - measured| of each joint [rad]
+
+
+@dataclass(frozen=True)
+class Capsule:
+    """A link's body: all points within a radius of a segment, in the link's frame [m]."""
+
+    link: str
+    radius: float
+    start: tuple[float, float, float]
+    end: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box in the base frame [m]."""
+
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class MotionLimits:
+    """What the guard lets out. Which of these it needs depends on the action; it refuses to arm without them, by name.
+
+    Tool limits bound Cartesian commands, and through `urdf` also joint commands.
+    """
+
+    max_speed: float | None = None  # of the tool [m/s]
+    max_acceleration: float | None = None  # [m/s^2]
+    max_jerk: float | None = None  # [m/s^3]
+    workspace_low: tuple[float, float, float] | None = None  # [m]
+    workspace_high: tuple[float, float, float] | None = None
+    max_lag: float | None = None  # leash |commanded - measured| [m]
+    max_angular_speed: float | None = None  # [rad/s]
+    max_angular_acceleration: float | None = None  # [rad/s^2]
+    max_angular_jerk: float | None = None  # [rad/s^3]
+    max_angular_lag: float | None = None  # [rad]
+    joints: JointLimits | None = None
+    urdf: str | None = None  # path, relative to the embodiment file
+    tool: str | None = None  # the tool's link in it
+    capsules: tuple[Capsule, ...] | None = None
+    ignore_pairs: tuple[tuple[str, str], ...] | None = None  # links that may touch
+    keep_out: tuple[Box, ...] | None = None
+    margin: float | None = None  # [m] that a predicted stop stays away from all these; None: 0.01
+
+
+@dataclass(frozen=True)
+class DriverSpec:
+    """How a live robot is commanded and read; topics default to those of the twin."""
+
+    command: Literal["pose", "twist", "joint_trajectory", "position_array"] | None = None
+    command_topic: str | None = None
+    joints: tuple[str, ...] | None = None  # the joints of a joint_position field, in its order
+    joints_topic: str | None = None  # measured joints, by name
+    pose_topic: str | None = None  # measured tool pose
+    gripper: Literal["joint_trajectory", "gripper_command"] | None = None
+    gripper_topic: str | None = None
+    gripper_names: tuple[str, ...] | None = None
+    gripper_hysteresis: float | None = None  # smaller changes of the command are not sent
+    gripper_dwell: float | None = None  # [s] least time between two changes
+    gripper_direction: Literal[1, -1] | None = None  # of the measured opening when the command rises; effort: -1
+    mode_topic: str | None = None
+    required_mode: str | None = None  # refuse to arm in another one
 
 
 @dataclass(frozen=True)
@@ -131,6 +195,7 @@ class EmbodimentSpec:
     action_dt: float  # [s] between rows of a chunk
     control_hz: float  # the source's own rate
     limits: MotionLimits | None  # the guard's; not part of the contract hash
+    driver: DriverSpec | None = None  # the live robot's; not part of the contract hash
 
     @property
     def state_dim(self) -> int:

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from dita.embodiment import embodiment_to_dict, load_embodiment
 from robot_io.core.chunk_buffer import Chunk, ChunkBuffer
 from robot_io.core.diagnostics import LoopTiming, Running
-from robot_io.core.guard import BOX_MARGIN, Guard, GuardConfig
+from robot_io.core.guard import INSET, Guard, GuardConfig
 from robot_io.core.limits import Envelope, parse_robot
 from robot_io.core.policy_loop import PolicyLoop
 from robot_io.core.state_machine import TRANSITIONS, State, StateMachine
 from robot_io.core.sync import Synchronizer
-from robot_io.core.tracker import Tracker, stop_distance
+from robot_io.core.tracker import Tracker
 from robot_io.live import EnvelopeReader
 
 ROBOT = parse_robot(EMBODIMENT)
@@ -69,13 +69,13 @@ class Arm:
                 self.executed.append(executed)
             if command is not None:
                 self.sent.append(command)
-                self.judge.take(command.stamp, command.position)
-                self.measured = command.position
+                self.judge.take(command.stamp, command.configuration)
+                self.measured = command.configuration
         return self
 
     @property
     def speed(self):
-        return float(np.linalg.norm(self.sent[-1].position - self.sent[-2].position)) / TICK
+        return float(np.linalg.norm(self.sent[-1].configuration - self.sent[-2].configuration)) / TICK
 
     def assert_inside(self):
         assert self.judge.non_finite == 0
@@ -157,7 +157,7 @@ def test_commanded_deltas_add_up_exactly_whatever_the_arm_measures():
     goals = np.array([e.goal for e in arm.executed])
     np.testing.assert_allclose(goals, HOME + np.cumsum(deltas, axis=0), atol=1e-12)
     arm.run(0.1)
-    np.testing.assert_allclose(arm.sent[-1].position, goals[-1], atol=1e-9)
+    np.testing.assert_allclose(arm.sent[-1].configuration, goals[-1], atol=1e-9)
     arm.assert_inside()
 
 
@@ -188,7 +188,7 @@ def test_absolute_chunks_are_goals():
     goal = shifted(HOME, 0.1, -0.05, 0.02)
     arm.guard.on_chunk(chunk(arm.now, np.tile(goal, (24, 1))), arm.now)
     arm.run(0.3)
-    np.testing.assert_allclose(arm.sent[-1].position, goal, atol=1e-9)
+    np.testing.assert_allclose(arm.sent[-1].configuration, goal, atol=1e-9)
     arm.assert_inside()
 
 
@@ -238,31 +238,31 @@ def test_leash_keeps_the_goal_near_a_blocked_arm():
 
 
 def test_tracker_reaches_its_goal_and_brakes_within_the_promised_time():
-    tracker = Tracker(ROBOT.limits, TICK)
+    tracker = Tracker(ROBOT.space, ROBOT.bounds, TICK)
     tracker.restart(HOME)
     for _ in range(100):
-        tracker.toward(shifted(HOME, 0.3, 0, 0), np.zeros(3))
-    np.testing.assert_allclose(tracker.position, shifted(HOME, 0.3, 0, 0), atol=1e-9)
+        tracker.take(tracker.toward(shifted(HOME, 0.3, 0, 0), np.zeros(3)))
+    np.testing.assert_allclose(tracker.configuration, shifted(HOME, 0.3, 0, 0), atol=1e-9)
     assert not tracker.moving
     for _ in range(10):
-        tracker.toward(HOME, np.zeros(3))
+        tracker.take(tracker.toward(HOME, np.zeros(3)))
     assert tracker.moving
     for _ in range(8):  # 0.87 m/s at 69 m/s^2
-        tracker.brake()
+        tracker.take(tracker.brake())
     assert not tracker.moving
 
 
 @pytest.mark.parametrize(
     ("path", "broken"),  # x after each tick, from rest at 0; the last one breaks it
     [
-        ([0.0095], ["speed", "acceleration", "jerk"]),  # 1.52 m/s
-        ([0.005], ["acceleration"]),  # 128 m/s^2
-        ([0.0045, 0.0075], ["jerk"]),  # 115 to -38 m/s^2 within 6.25 ms
+        ([0.0095], ["speed of tool", "acceleration of tool", "jerk of tool"]),  # 1.52 m/s
+        ([0.005], ["acceleration of tool"]),  # 128 m/s^2
+        ([0.0045, 0.0075], ["jerk of tool"]),  # 115 to -38 m/s^2 within 6.25 ms
         ([0.0], []),
     ],
 )
 def test_envelope_names_the_limits_that_a_step_would_break(path, broken):
-    envelope = Envelope(ROBOT.limits, TICK)
+    envelope = Envelope(ROBOT.space, ROBOT.bounds, TICK)
     start = np.array([0.2, 0.6, 0.2])
     envelope.restart(start)
     for x in path[:-1]:
@@ -271,7 +271,7 @@ def test_envelope_names_the_limits_that_a_step_would_break(path, broken):
     assert envelope.violations(shifted(start, path[-1], 0, 0)) == broken
     assert envelope.violations(start * np.nan) == ["not finite"]
     envelope.restart(np.array([0.5, 0.6, 0.2]))
-    assert envelope.violations(np.array([0.5 + 1e-9, 0.6, 0.2])) == ["workspace"]
+    assert envelope.violations(np.array([0.5 + 1e-9, 0.6, 0.2])) == ["x outside the workspace"]
 
 
 def test_reader_on_the_wire_agrees_at_uneven_times():
@@ -292,10 +292,10 @@ def test_steady_motion_is_followed_without_ripple_or_lag():
     arm = Arm().arm()
     arm.guard.on_chunk(chunk(arm.now + TICK, np.full((24, 3), [0.006, 0, 0])), arm.now)
     arm.run(0.28)
-    speeds = np.diff([c.position[0] for c in arm.sent[-16:]]) / TICK
+    speeds = np.diff([c.configuration[0] for c in arm.sent[-16:]]) / TICK
     np.testing.assert_allclose(speeds, 0.006 / DT, rtol=0.01)
     expected = HOME[0] + 0.006 / DT * (arm.now - T0)  # from T0 + TICK; a command is for the time of the next one
-    assert arm.sent[-1].position[0] == pytest.approx(expected, abs=1e-4)
+    assert arm.sent[-1].configuration[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_expert_like_motion_lags_a_step_at_most_within_the_shipped_limits():
@@ -407,11 +407,11 @@ def test_a_hold_brakes_at_once_and_does_not_go_on_to_the_goal():
     arm = Arm(parse_robot(embodiment)).arm()
     arm.guard.on_chunk(chunk(arm.now, np.tile(shifted(HOME, 0.14, 0, 0), (24, 1))), arm.now)
     arm.run(0.08)
-    held, fast = arm.sent[-1].position, arm.speed
+    held, fast = arm.sent[-1].configuration, arm.speed
     assert fast > 0.5 and np.linalg.norm(arm.guard.goal - held) > 0.05
     arm.guard.hold("a test", arm.now)
     arm.run(0.2)
-    assert 0 < arm.sent[-1].position[0] - held[0] <= stop_distance(ROBOT.limits)
+    assert 0 < arm.sent[-1].configuration[0] - held[0] < 0.02
     arm.assert_inside()
 
 
@@ -435,7 +435,7 @@ def test_a_good_chunk_ends_a_hold_from_where_the_arm_stopped():
     arm.run(0.05)
     arm.guard.hold("a test", arm.now)
     arm.run(0.1)
-    stopped = arm.sent[-1].position
+    stopped = arm.sent[-1].configuration
     arm.guard.on_chunk(chunk(arm.now, np.full((8, 3), [0, 0.004, 0])), arm.now)
     assert arm.guard.state is State.ARMED
     arm.run(TICK)
@@ -446,7 +446,7 @@ def test_a_good_chunk_ends_a_hold_from_where_the_arm_stopped():
 def test_before_the_first_chunk_the_arm_waits_without_a_deadline():
     arm = Arm().arm().run(3.0)
     assert arm.guard.state is State.ARMED
-    np.testing.assert_array_equal(arm.sent[-1].position, HOME)
+    np.testing.assert_array_equal(arm.sent[-1].configuration, HOME)
 
 
 def test_stale_state_is_a_fault_that_brakes_in_time():
@@ -525,7 +525,7 @@ def test_arming_needs_a_fresh_state_inside_the_workspace_and_nobody_else():
         guard.arm(T0)
     guard.on_state(T0, shifted(HOME, 0, 0, 1))
     guard.on_writers(["rogue"], T0)
-    with pytest.raises(ValueError, match=r"rogue.*0\.500 s old.*outside the workspace"):
+    with pytest.raises(ValueError, match=r"rogue.*0\.500 s old.*z at 1\.200 is outside"):
         guard.arm(T0 + 0.5)
     assert guard.state is State.IDLE and guard.tick(T0)[0] is None
     guard.on_writers([], T0)
@@ -557,7 +557,7 @@ def test_a_fault_needs_arming_and_starts_at_the_measured_pose_without_a_jump():
     arm.guard.fault("a test", arm.now)
     arm.guard.on_chunk(chunk(arm.now, np.full((24, 3), 0.008)), arm.now)
     arm.run(0.2)
-    np.testing.assert_array_equal(arm.sent[-1].position, HOME)
+    np.testing.assert_array_equal(arm.sent[-1].configuration, HOME)
     arm.measured = shifted(HOME, 0.03, 0, 0)  # somebody pushed the arm
     arm.fresh = False
     for _ in range(16):
@@ -566,7 +566,7 @@ def test_a_fault_needs_arming_and_starts_at_the_measured_pose_without_a_jump():
     arm.guard.arm(arm.now)
     arm.fresh = True
     arm.run(0.2)
-    np.testing.assert_allclose(arm.sent[-1].position, shifted(HOME, 0.03, 0, 0), atol=1e-9)
+    np.testing.assert_allclose(arm.sent[-1].configuration, shifted(HOME, 0.03, 0, 0), atol=1e-9)
     arm.assert_inside()
 
 
@@ -620,14 +620,15 @@ def broken(path, value):
     ("path", "value", "says"),
     [
         (("limits",), None, "no limits"),
-        (("limits", "max_jerk"), None, "missing max_jerk"),
+        (("limits", "max_jerk"), None, "no limits.max_jerk"),
         (("limits", "max_jerk"), -1.0, "max_jerk must be a positive number"),
         (("limits", "max_speed"), "fast", "max_speed must be a positive number"),
         (("limits", "workspace_low"), [0.9, 0.9, 0.9], "must be below"),
         (("limits", "workspace_high"), [1.0, float("nan"), 1.0], "3 finite numbers"),
         (("action_dt",), 0, "action_dt"),
         (("colour",), "red", "unknown colour"),
-        (("action", 0, "kind"), "joint_position", "executes one ee_position"),
+        (("action", 0, "kind"), "base_velocity", "executes one joint_position, or one ee_position"),
+        (("action", 0, "kind"), "joint_position", "no limits.joints for hand_delta_0, hand_delta_1"),
         (("action", 0, "reference"), "goal", "delta with reference goal"),
         (("action", 0, "low"), [-0.01], "3 finite numbers"),
         (("action", 0, "low"), [0.02, 0.02, 0.02], "every low"),
@@ -830,12 +831,11 @@ def test_robot_folder_keeps_python_3_10_syntax():
         ast.parse(path.read_text(), str(path), feature_version=(3, 10))
 
 
-def test_goals_keep_their_margin_to_the_workspace():
+def test_the_path_stops_at_the_workspaces_bound():
     arm = Arm(home=[0.45, 0.95, 0.45]).arm()
     for _ in range(10):
         arm.guard.on_chunk(chunk(arm.now + 1e-5, np.full((16, 3), 0.01)), arm.now)
         arm.run(0.1)
-    margin = BOX_MARGIN * stop_distance(ROBOT.limits)
-    assert 0.01 < margin < 0.02
-    np.testing.assert_allclose(arm.guard.goal, ROBOT.limits.workspace_high - margin)
+    np.testing.assert_allclose(arm.guard.goal, ROBOT.limits.workspace_high - INSET, atol=1e-12)
+    np.testing.assert_allclose(arm.sent[-1].configuration, arm.guard.goal, atol=1e-6)
     arm.assert_inside()

@@ -12,12 +12,14 @@ EARLY = 1e-3  # of a step: today's seconds as float64 are good to 0.2 us
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Consecutive actions; its stamp is its id, since a policy makes one chunk per observation."""
+    """Consecutive actions of one observation."""
 
     stamp: float  # [s] of the observation: step i lasts from stamp + i dt to stamp + (i + 1) dt
     dt: float  # [s]
-    motion: np.ndarray  # [n 3], m, positions or deltas as the embodiment says
+    motion: np.ndarray  # [n m], configurations, or tangents if the embodiment's motion is a delta
     gripper: Optional[np.ndarray]  # [n]
+    id: int = 0  # a running number of its source
+    source: str = "policy"
 
     def end(self) -> float:
         """Return when the last step is over [s]."""

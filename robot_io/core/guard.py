@@ -1,10 +1,14 @@
 """The last gate: composes chunks into one smooth path and lets nothing out of the envelope.
 
-Reactions, weakest first: R0 drop and count; R1 clamp a small excess and count; R2 decelerate from the last command and
-hold until a good chunk comes; R3 as R2, until somebody arms again. Every time is an argument: there is no clock here.
+Reactions, weakest first: R0 drop and count; R1 clamp and count; R2 decelerate from the last command and hold until a
+good chunk comes; R3 as R2, until somebody arms again. Every time is an argument: there is no clock here.
 This is software protection, not a rated safety function (ISO 10218, ISO 13849).
 """
 
+import dataclasses
+import logging
+import math
+import os
 from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Deque, Dict, List, Optional, Sequence, Tuple
@@ -15,11 +19,20 @@ from robot_io.core.chunk_buffer import EARLY, Chunk, ChunkBuffer, Step
 from robot_io.core.diagnostics import Running
 from robot_io.core.limits import Envelope, Robot
 from robot_io.core.state_machine import State, StateMachine
-from robot_io.core.tracker import Tracker, stop_distance
+from robot_io.core.tracker import Tracker
 
-BOX_MARGIN = 1.5  # stop distances that goals stay inside the workspace, so that braking anywhere ends inside it
+INSET = 1e-6  # [m or rad] that goals stay inside the position limits: more than rounding
 HISTORY_S = 2.0  # how far back measured and sent positions are kept
 MAX_TICKS = 2  # a tick later than this many periods is an overrun
+GROSS = 20.0  # half ranges beyond a field's limits: another unit, not a strange action
+OUTSIDE = 0.02  # of a position's range that a measurement may be outside of it: calibration, soft stops
+JUMP_SPEEDS = 2.0  # times the speed limit, on top of the leash, that a measurement may move
+FRESH_S = 1.0  # after a jump of the clock, fresh state must come within this time
+SELF_CHECK_S = 1.0  # after a gripper command, within which the gripper's direction shows
+SELF_CHECK_MOVE = 0.1  # of the gripper's range: smaller moves show nothing
+TOOL_SHARE = 0.95  # of the tool's speed limit, for joint commands: the Jacobian changes a little while they brake
+STOPS = ("protective_stop", "emergency_stop")  # driver modes in which nothing may be commanded
+UNSAFE_FLAG = "DITA_UNSAFE_TEST"  # environment variable that must be 1 for `unsafe_checks_off`
 
 
 @dataclass(frozen=True)
@@ -28,17 +41,23 @@ class GuardConfig:
 
     tick: float  # period of the output
     state_timeout: float  # measured state older than this: R3
-    stream_timeout: float  # no action to execute for this long: R2
+    stream_timeout: float  # no action to execute, or no sign of life, for this long: R2
     hold_timeout: float  # held for this long: R3
     max_skew: float  # stamps further in the future than this: R3
-    clamp_margin: float  # of a field's half range: a larger excess is no rounding, R2
+    clamp_margin: float  # of a field's half range: a larger excess is no rounding
+    clamp_steps: int = 5  # more steps in a row with such an excess: R2
+    unsafe_checks_off: bool = False  # for the control run of the fault tests only: lets everything through
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"guard: {name} must be positive, got {value}")
+        for field in dataclasses.fields(self)[:-1]:
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"guard: {field.name} must be positive, got {getattr(self, field.name)}")
         if self.tick > 0.01:
             raise ValueError(f"guard: it runs at 100 Hz or more, got {1 / self.tick:.0f}")
+        if self.unsafe_checks_off:
+            if os.environ.get(UNSAFE_FLAG) != "1":
+                raise ValueError(f"guard: unsafe_checks_off is for tests without a robot; it needs {UNSAFE_FLAG}=1")
+            logging.getLogger("robot_io").critical("THE GUARD'S CHECKS ARE OFF: anything goes out. Never on a robot")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,44 +65,51 @@ class Command:
     """What is sent at one tick."""
 
     stamp: float  # [s]
-    position: np.ndarray  # [3], m, absolute
-    gripper: Optional[float]  # None until the first chunk
+    configuration: np.ndarray  # in the robot's space, absolute
+    velocity: np.ndarray  # [tangent], per second
+    gripper: Optional[float]  # None until there is a reason to move it
 
 
 @dataclass(frozen=True, eq=False)
 class Executed:
-    """What became of one step: the goal [m] and how far it moved [m]."""
+    """What became of one step: the goal, how far it moved as a tangent, and who asked for it."""
 
     step: Step
     goal: np.ndarray
     delta: np.ndarray
+    gripper: Optional[float]
+    source: str
 
 
 class Guard:
-    """Chunks and measured positions in, one command per tick out."""
+    """Chunks and measured configurations in, one command per tick out."""
 
     def __init__(self, robot: Robot, config: GuardConfig) -> None:
         if config.tick > robot.action_dt:
             raise ValueError(f"guard: a tick ({config.tick} s) must not exceed a step ({robot.action_dt} s)")
-        self.robot, self.config = robot, config
+        if robot.bounds is None:
+            raise ValueError(f"guard: {robot.name} has no limits for what it moves; parse_robot says which")
+        self.robot, self.config, self.space, self.bounds = robot, config, robot.space, robot.bounds
         self.machine = StateMachine()
         self.counts: Counter = Counter(R0=0, R1=0, R2=0, R3=0)
         self.residual, self.lag = Running(), Running()
         self.buffer = ChunkBuffer()
-        self.tracker = Tracker(robot.limits, config.tick)
-        self.envelope = Envelope(robot.limits, config.tick)
-        self.goal = self._from = np.zeros(3)  # where the current step ends and where it began
-        self._step_start = -np.inf
+        self.tracker = Tracker(self.space, self.bounds, config.tick)
+        self.envelope = Envelope(self.space, self.bounds, config.tick)
+        self.goal = self._from = self.space.origin  # where the current step ends and where it began
+        self._step_start = -math.inf
         self.gripper: Optional[float] = None
         self.other_writers: Tuple[str, ...] = ()
-        margin = BOX_MARGIN * stop_distance(robot.limits)
-        self._low, self._high = robot.limits.workspace_low + margin, robot.limits.workspace_high - margin
-        if not np.all(self._low < self._high):
-            raise ValueError(f"guard: the workspace is smaller than twice the braking margin of {margin:.3f} m")
+        self.mode: Optional[str] = None  # the driver's, if it says
+        self.active = "policy"  # whose chunks are executed
+        self.speed_scale = 1.0
+        self.approval = False
+        self.pending: Optional[Chunk] = None  # waits for approval
+        self._low, self._high = self.bounds.low + INSET, self.bounds.high - INSET
         self._measured: Deque[Tuple[float, np.ndarray]] = deque()
         self._sent: Deque[Tuple[float, np.ndarray]] = deque()  # (start of the step, how far the goal moved)
         self._bad: Deque[float] = deque(maxlen=3)  # when the last chunks that were not finite came
-        self._covered = np.inf  # until when there is an action; inf before the first one
+        self._covered = math.inf  # until when there is an action; inf before the first one
         self._held_since = 0.0
 
     @property
@@ -93,14 +119,14 @@ class Guard:
 
     # ---- inputs
 
-    def on_state(self, stamp: float, position: np.ndarray) -> None:
-        """Take a measured tool position [m]; one that is not finite or goes back in time is dropped."""
-        if not np.all(np.isfinite(position)):
+    def on_state(self, stamp: float, configuration: np.ndarray, gripper: Optional[float] = None) -> None:
+        """Take a measured configuration; one that is not finite or goes back in time is dropped."""
+        if not np.all(np.isfinite(configuration)):
             self._count("R0", "state not finite")
         elif self._measured and stamp <= self._measured[-1][0]:
             self._count("R0", "state out of order")
         else:
-            self._measured.append((stamp, np.array(position, float)))
+            self._measured.append((stamp, self.space.normal(configuration)))
             while self._measured[0][0] < stamp - HISTORY_S:
                 self._measured.popleft()
 
@@ -108,6 +134,8 @@ class Guard:
         """Take a chunk; return what was wrong with it, if anything."""
         if self.state not in (State.ARMED, State.HOLDING):
             return self._count("R0", "chunk while not armed")
+        if chunk.source != self.active:
+            return self._count("R0", f"chunk of {chunk.source} while {self.active} is active")
         shape = self._shape_problem(chunk)
         if shape is not None:
             return self._count("R0", shape)
@@ -127,7 +155,7 @@ class Guard:
         if excess > 1e-6:
             self._count("R1", "action clamped")
         if self.machine.apply("resume", "a good chunk"):
-            self._rebase(self.tracker.position)
+            self._rebase(self._stopping_point())
         return None
 
     def on_writers(self, others: Sequence[str], now: float) -> None:
@@ -136,11 +164,45 @@ class Guard:
         if others:
             self.fault(f"a second writer on the command topic: {', '.join(others)}", now)
 
+    def on_mode(self, mode: str, now: float) -> None:
+        """Take the driver's mode."""
+        self.mode = mode
+        problem = self._mode_problem()
+        if problem is not None:
+            self.fault(problem, now)
+
+    def on_problem(self, reason: str, reaction: str, now: float) -> str:
+        """React to what a node sees, with "R0", "R2" or "R3"."""
+        return {"R0": self._drop, "R2": self.hold, "R3": self.fault}[reaction](reason, now)
+
+    # ---- the operator's controls
+
+    def set_speed(self, scale: float) -> None:
+        """Scale the speed limit, and the deltas that add to the last command, so that their path stays the same.
+
+        Raises:
+            ValueError: not in (0, 1].
+        """
+        if not 0 < scale <= 1:
+            raise ValueError(f"guard: a speed scale lies in (0, 1], got {scale}")
+        self.speed_scale = self.tracker.scale = scale
+
+    def take_over(self, source: str, now: float) -> None:
+        """Execute the chunks of `source` only, beginning from the last command."""
+        if source != self.active:
+            self.active, self.pending = source, None
+            self.buffer.clear(since=now)
+            self._rebase(self._stopping_point())
+
+    def hand_back(self, now: float) -> None:
+        """Give control back to the policy, which continues from the last command with observations from now on."""
+        self.take_over("policy", now)
+
     def arm(self, now: float) -> None:
-        """Begin to execute, with the measured position as the first goal.
+        """Begin to execute, with the measured configuration as the first goal.
 
         After a fault the stream of commands goes on, smoothly, from where it was held; from IDLE it begins at the
-        measured position.
+        measured configuration.
 
         Raises:
             ValueError: it is not safe to; names every reason.
@@ -197,8 +259,9 @@ class Guard:
         for late in reversed(range(periods)):
             arrival = now - late * self.config.tick + self.config.tick  # a command is for the time of the next one
             executed = (self._compose(arrival) if self.state is State.ARMED else None) or executed
-            position = self._gate(arrival)
-        return Command(now, position, self.gripper), executed
+            self._gate(arrival)
+        motion = self.tracker.motion
+        return Command(now, motion.configuration, motion.velocity, self.gripper), executed
 
     def _watch(self, now: float) -> None:
         age = now - self._measured[-1][0]
@@ -217,63 +280,73 @@ class Guard:
         if step is None:
             return None
         before = self.goal
-        self.goal = self._leash(self._reference(step.chunk) + step.chunk.motion[step.index])
+        self.goal = self._leash(self._target(step))
         self._from, self._step_start = before, step.start
         if step.first:
             self._log_residual(step)
-        self._sent.append((step.start, self.goal - before))
+        moved = self.space.difference(self.goal, before)
+        self._sent.append((step.start, moved))
         while self._sent[0][0] < time - HISTORY_S:
             self._sent.popleft()
         if step.chunk.gripper is not None:
             self.gripper = float(step.chunk.gripper[step.index])  # zero-order hold: never interpolated
         self._covered = step.end
         self.counts["steps"] += 1
-        return Executed(step, self.goal, self.goal - before)
+        return Executed(step, self.goal, moved, self.gripper, step.chunk.source)
 
-    def _reference(self, chunk: Chunk) -> np.ndarray:
-        reference = self.robot.motion.reference
+    def _target(self, step: Step) -> np.ndarray:
+        """Return where a step wants the goal."""
+        row, reference = step.chunk.motion[step.index], self.robot.motion.reference
         if reference is None:
-            return np.zeros(3)
+            return self.space.normal(row)
         if reference == "commanded":
-            return self.goal
+            return self.space.delta(self.goal, self.speed_scale * row)
         if reference == "measured":
-            return self._measured[-1][1]
-        return min(self._measured, key=lambda sample: abs(sample[0] - chunk.stamp))[1]
+            return self.space.delta(self._measured[-1][1], row)
+        start = min(self._measured, key=lambda sample: abs(sample[0] - step.chunk.stamp))[1]
+        return self.space.delta(start, row)
 
     def _leash(self, goal: np.ndarray) -> np.ndarray:
-        """Keep the goal inside the workspace and near the measured position."""
-        lag = goal - self._measured[-1][1]
-        distance = float(np.linalg.norm(lag))
-        if distance > self.robot.limits.max_lag:
+        """Keep the goal inside the position limits and near the measured configuration."""
+        measured = self._measured[-1][1]
+        lag = self.space.difference(goal, measured)
+        distances = self.bounds.norms(lag)
+        if np.any(distances > self.bounds.lag):
             self.counts["leash_hits"] += 1
-            goal = self._measured[-1][1] + lag * (self.robot.limits.max_lag / distance)
-        inside = np.clip(goal, self._low, self._high)
-        self.counts["workspace_clamps"] += bool(np.any(inside != goal))
-        return inside
+            shares = np.minimum(1.0, self.bounds.lag / np.maximum(distances, 1e-12))
+            goal = self.space.retract(measured, lag * np.repeat(shares, self.bounds.sizes))
+        return self._inside(goal)
+
+    def _inside(self, goal: np.ndarray) -> np.ndarray:
+        n = self.space.linear
+        inside = np.clip(goal[:n], self._low[:n], self._high[:n])
+        for i in np.flatnonzero(inside != goal[:n]):
+            self.counts[f"{self.space.axes[i]} clamped"] += 1
+        return np.concatenate([inside, goal[n:]])
 
     def _interpolate(self, time: float) -> Tuple[np.ndarray, np.ndarray]:
-        """Return where the goal is at `time`, on a straight line within a step, and its velocity [m/s]."""
+        """Return where the goal is at `time`, on the shortest way within a step, and its velocity [tangent/s]."""
         share = (time - self._step_start) / self.robot.action_dt
         if share > 1 + EARLY:
-            return self.goal, np.zeros(3)
-        return self._from + share * (self.goal - self._from), (self.goal - self._from) / self.robot.action_dt
+            return self.goal, np.zeros(self.space.tangent)
+        way = self.space.difference(self.goal, self._from)
+        return self.space.retract(self._from, share * way), way / self.robot.action_dt
 
-    def _gate(self, time: float) -> np.ndarray:
-        """Advance the tracker by one period and let its position out if it is inside the envelope."""
-        last = self.tracker.position
+    def _gate(self, time: float) -> None:
+        """Advance the path by one period, to a configuration inside the envelope."""
         goal, velocity = self._interpolate(time)
-        position = self.tracker.toward(goal, velocity) if self.state is State.ARMED else self.tracker.brake()
-        broken = self.envelope.violations(position)
+        motion = self.tracker.toward(goal, velocity) if self.state is State.ARMED else self.tracker.brake()
+        broken = self.envelope.violations(motion.configuration)
         if broken:
             self.counts["envelope_stops"] += 1
             self.fault(f"the path would leave the envelope: {', '.join(broken)}", time)
-            self.tracker.restart(last)
-            self.envelope.restart(last)
-            return last
-        self.envelope.sent(position)
+            self.tracker.restart(self.tracker.configuration)
+            self.envelope.restart(self.tracker.configuration)
+            return
+        self.tracker.take(motion)
+        self.envelope.sent(motion.configuration)
         if self.state is State.ARMED:
-            self.lag.add(float(np.linalg.norm(goal - position)))
-        return position
+            self.lag.add(float(np.linalg.norm(self.space.difference(goal, motion.configuration))))
 
     # ---- helpers
 
@@ -281,20 +354,38 @@ class Guard:
         problems = []
         if self.other_writers:
             problems.append(f"a second writer on the command topic: {', '.join(self.other_writers)}")
+        mode = self._mode_problem()
+        if mode is not None:
+            problems.append(mode)
         if self.tracker.moving:
             problems.append("still decelerating")
         if not self._measured:
-            return [*problems, "no measured position yet"]
-        stamp, position = self._measured[-1]
+            return [*problems, f"no measured {self._what()} yet"]
+        stamp, x = self._measured[-1]
         if not -self.config.max_skew <= now - stamp <= self.config.state_timeout:
-            problems.append(f"the measured position is {now - stamp:.3f} s old; compare the clocks of the two hosts")
-        limits = self.robot.limits
-        if np.any(position < limits.workspace_low) or np.any(position > limits.workspace_high):
-            problems.append(f"the tool at {np.round(position, 3).tolist()} m is outside the workspace")
+            problems.append(
+                f"the measured {self._what()} is {now - stamp:.3f} s old; compare the clocks of the two hosts"
+            )
+        n = self.space.linear
+        for i in np.flatnonzero((x[:n] < self.bounds.low[:n]) | (x[:n] > self.bounds.high[:n])):
+            problems.append(
+                f"{self.space.axes[i]} at {x[i]:.3f} is outside {self.bounds.low[i]:.3f} .. {self.bounds.high[i]:.3f}"
+            )
         return problems
 
+    def _what(self) -> str:
+        return "joints" if self.space.name == "joint" else "position"
+
+    def _mode_problem(self) -> Optional[str]:
+        """Say why the driver's mode lets nothing be commanded."""
+        required = self.robot.driver.required_mode
+        if self.mode in STOPS or (required is not None and self.mode != required):
+            return f"the driver is in {self.mode or 'an unknown mode'}" + (f", not {required}" if required else "")
+        return None
+
     def _shape_problem(self, chunk: Chunk) -> Optional[str]:
-        if chunk.motion.ndim != 2 or chunk.motion.shape[1] != 3 or not len(chunk.motion):
+        width = self.space.size if self.robot.motion.mode == "absolute" else self.space.tangent
+        if chunk.motion.ndim != 2 or chunk.motion.shape[1] != width or not len(chunk.motion):
             return "chunk of the wrong shape"
         if (chunk.gripper is None) != (self.robot.gripper is None):
             return "chunk without its gripper" if chunk.gripper is None else "chunk with a gripper"
@@ -306,23 +397,31 @@ class Guard:
 
     def _clamp(self, chunk: Chunk) -> Tuple[Chunk, float]:
         """Return the chunk inside its fields' limits and the largest excess, as a share of a half range."""
-        motion, excess = _clip(chunk.motion, self.robot.motion.low, self.robot.motion.high)
+        n = len(self.robot.motion.low)
+        motion = chunk.motion.copy()
+        motion[:, :n], excess = _clip(chunk.motion[:, :n], self.robot.motion.low, self.robot.motion.high)
         if chunk.gripper is None or self.robot.gripper is None:
-            return Chunk(chunk.stamp, chunk.dt, motion, None), excess
+            return dataclasses.replace(chunk, motion=motion), excess
         gripper, more = _clip(chunk.gripper, self.robot.gripper.low, self.robot.gripper.high)
-        return Chunk(chunk.stamp, chunk.dt, motion, gripper), max(excess, more)
+        return dataclasses.replace(chunk, motion=motion, gripper=gripper), max(excess, more)
 
-    def _rebase(self, position: np.ndarray) -> None:
-        self.goal = self._from = np.clip(position, self._low, self._high)
-        self._step_start, self._covered = -np.inf, np.inf
+    def _stopping_point(self) -> np.ndarray:
+        return self.tracker.stop(self.tracker.motion)
+
+    def _rebase(self, x: np.ndarray) -> None:
+        self.goal = self._from = self._inside(x)
+        self._step_start, self._covered = -math.inf, math.inf
 
     def _log_residual(self, step: Step) -> None:
         """Compare what the chunk wanted for its expired steps with what was sent in their place."""
         if self.robot.motion.reference == "commanded":
             wanted = step.chunk.motion[: step.index].sum(axis=0)
             since = step.chunk.stamp - 0.5 * step.chunk.dt
-            sent = sum((delta for start, delta in self._sent if start >= since), np.zeros(3))
+            sent = sum((delta for start, delta in self._sent if start >= since), np.zeros(self.space.tangent))
             self.residual.add(float(np.linalg.norm(wanted - sent)))
+
+    def _drop(self, reason: str, now: float) -> str:
+        return self._count("R0", reason)
 
     def _count(self, reaction: str, reason: str) -> str:
         self.counts[reaction] += 1
@@ -331,11 +430,13 @@ class Guard:
 
     def to_dict(self) -> Dict[str, float]:
         """Return every counter and statistic as plain values."""
+        unit = "rad" if self.space.name == "joint" else "m"
         return {
             **self.counts,
             **self.buffer.counts,
-            **self.residual.to_dict("residual_m"),
-            **self.lag.to_dict("lag_m"),
+            "speed_scale": self.speed_scale,
+            **self.residual.to_dict(f"residual_{unit}"),
+            **self.lag.to_dict(f"lag_{unit}"),
         }
 
 

@@ -1,81 +1,142 @@
-"""Jerk-limited online tracking of a moving goal (Ruckig: Berscheid and Kroeger, RSS 2021)."""
+"""Jerk-limited online tracking of a moving goal (Ruckig: Berscheid and Kroeger, RSS 2021), on any space."""
 
-import math
+from dataclasses import dataclass
 
 import numpy as np
-from ruckig import ControlInterface, InputParameter, OutputParameter, Result, Ruckig, Synchronization
+from ruckig import ControlInterface, InputParameter, OutputParameter, Result, Ruckig, Synchronization, Trajectory
 
-from robot_io.core.limits import Limits
+from robot_io.core.limits import Bounds
+from robot_io.core.space import Space
 
 CATCH_UP_TICKS = 4  # an error of position is worked off in about so many ticks
 
 
-def stop_distance(limits: Limits) -> float:
-    """Return how far one axis travels from full speed to rest [m]: at full braking, plus half of what it is ramped."""
-    v, a, j = (x / math.sqrt(3) for x in (limits.max_speed, limits.max_acceleration, limits.max_jerk))
-    return v * v / (2 * a) + v * a / (2 * j)
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """A state of the path: where, and velocity and acceleration as tangents."""
 
-
-class Tracker:
-    """Follow a goal in 3 axes.
-
-    While the goal moves, its velocity is followed, corrected by the error of position: following positions alone, each
-    reached in least time, would accelerate and brake at every tick. When it rests, the path ends at rest on it.
-    Each axis gets 1/sqrt(3) of the limits, so that their norm keeps them in every direction.
-    """
-
-    def __init__(self, limits: Limits, period: float) -> None:
-        self._ruckig = Ruckig(3, period)
-        self._input, self._output = InputParameter(3), OutputParameter(3)
-        share = 1 / math.sqrt(3)
-        self._period, self._max_velocity = period, share * limits.max_speed
-        self._input.max_velocity = [self._max_velocity] * 3
-        self._input.max_acceleration = [share * limits.max_acceleration] * 3
-        self._input.max_jerk = [share * limits.max_jerk] * 3
-        self._input.synchronization = Synchronization.No  # no axis waits for another: less lag
-        self.restart(np.zeros(3))
-
-    @property
-    def position(self) -> np.ndarray:
-        """Where the path is now [m]."""
-        return np.array(self._input.current_position)
+    configuration: np.ndarray
+    velocity: np.ndarray
+    acceleration: np.ndarray
 
     @property
     def moving(self) -> bool:
         """Whether speed or acceleration are not yet zero."""
-        return bool(np.any(np.abs(self._input.current_velocity) > 1e-9)) or bool(
-            np.any(np.abs(self._input.current_acceleration) > 1e-6)
-        )
+        return bool(np.any(np.abs(self.velocity) > 1e-9)) or bool(np.any(np.abs(self.acceleration) > 1e-6))
 
-    def restart(self, position: np.ndarray) -> None:
-        """Begin at rest at `position` [m]."""
-        self._input.current_position = list(position)
-        self._input.current_velocity = self._input.current_acceleration = [0.0] * 3
-        self._input.target_velocity = self._input.target_acceleration = [0.0] * 3
-        self._ruckig.reset()
 
-    def toward(self, goal: np.ndarray, velocity: np.ndarray) -> np.ndarray:
-        """Advance one period toward a goal [m] that moves at `velocity` [m/s]; return the position [m]."""
-        if not np.any(velocity):
-            self._input.control_interface = ControlInterface.Position
-            self._input.target_position = list(goal)
-            self._input.target_velocity = [0.0] * 3
-            return self._advance()
-        error = goal - (self.position + self._period * np.array(self._input.current_velocity))
-        return self._at_velocity(velocity + error / (CATCH_UP_TICKS * self._period))
+class Tracker:
+    """Follow a goal, each axis by itself, so that braking from anywhere on the path ends inside the position limits.
 
-    def brake(self) -> np.ndarray:
-        """Advance one period on the fastest path to rest; return the position [m]."""
-        return self._at_velocity(np.zeros(3)) if self.moving else self.position
+    While the goal moves, its velocity is followed, corrected by the error of position: following positions alone, each
+    reached in least time, would accelerate and brake at every tick. When it rests, the path ends at rest on it.
+    Each axis of a group gets its part of the group's limits, so that their norm keeps them in every direction. Every
+    tick's step is a tangent from the last configuration: a rotation is integrated on its group, and its increments are
+    those of a path in a plain vector space with the same limits.
+    """
 
-    def _at_velocity(self, velocity: np.ndarray) -> np.ndarray:
+    def __init__(self, space: Space, bounds: Bounds, period: float) -> None:
+        self.space, self.bounds, self.period = space, bounds, period
+        self.scale = 1.0  # of the speed; braking keeps its limits
+        n = space.tangent
+        self._ruckig, self._input, self._output = Ruckig(n, period), InputParameter(n), OutputParameter(n)
+        self._path = Trajectory(n)
+        self._speed = bounds.per_axis(bounds.speed)
+        self._input.max_acceleration = bounds.per_axis(bounds.acceleration).tolist()
+        self._input.max_jerk = bounds.per_axis(bounds.jerk).tolist()
+        self._input.synchronization = Synchronization.No  # no axis waits for another: less lag
+        self._zeros = [0.0] * n
+        self._input.target_acceleration = self._zeros
+        self.restart(space.origin)
+
+    @property
+    def configuration(self) -> np.ndarray:
+        """Where the path is now."""
+        return self.motion.configuration
+
+    @property
+    def moving(self) -> bool:
+        """Whether speed or acceleration are not yet zero."""
+        return self.motion.moving
+
+    def restart(self, x: np.ndarray) -> None:
+        """Begin at rest at a configuration."""
+        self.motion = Motion(x, np.zeros(self.space.tangent), np.zeros(self.space.tangent))
+
+    def take(self, motion: Motion) -> None:
+        """Go on from a motion that one of the following returned."""
+        self.motion = motion
+
+    def toward(self, goal: np.ndarray, velocity: np.ndarray) -> Motion:
+        """Return the motion after one period toward a goal that moves at `velocity` [tangent/s]."""
+        error = self.space.difference(goal, self.motion.configuration)
+        if np.any(velocity):
+            ahead = error - self.period * self.motion.velocity
+            wanted = self._at_velocity(velocity + ahead / (CATCH_UP_TICKS * self.period))
+        else:
+            wanted = self._at_position(error)
+        return self._inside(wanted)
+
+    def brake(self) -> Motion:
+        """Return the motion after one period on the fastest path to rest."""
+        return self._at_velocity(np.zeros(self.space.tangent)) if self.moving else self.motion
+
+    def stop(self, motion: Motion, share: float = 1.0) -> np.ndarray:
+        """Return where braking from a motion ends, or where it is after a share of its time."""
+        self._plan_stop(motion)
+        position = self._path.at_time(share * self._path.duration)[0]
+        return self.space.retract(motion.configuration, np.array(position))
+
+    def _inside(self, wanted: Motion) -> Motion:
+        """Let each axis brake that could not stop inside its limits after the wanted step."""
+        n = self.space.linear
+        self._plan_stop(wanted)
+        reach = self._path.position_extrema
+        x = wanted.configuration
+        over = [
+            i for i in range(n) if x[i] + reach[i].min < self.bounds.low[i] or x[i] + reach[i].max > self.bounds.high[i]
+        ]
+        if not over:
+            return wanted
+        braked = self.brake()
+        new = Motion(x.copy(), wanted.velocity.copy(), wanted.acceleration.copy())
+        for i in over:
+            new.configuration[i] = braked.configuration[i]
+            new.velocity[i], new.acceleration[i] = braked.velocity[i], braked.acceleration[i]
+        return new
+
+    def _plan_stop(self, motion: Motion) -> None:
+        self._from(motion)
         self._input.control_interface = ControlInterface.Velocity
-        self._input.target_velocity = list(np.clip(velocity, -self._max_velocity, self._max_velocity))
+        self._input.target_velocity = self._zeros
+        self._ruckig.calculate(self._input, self._path)
+
+    def _at_position(self, target: np.ndarray) -> Motion:
+        self._from(self.motion)
+        self._input.control_interface = ControlInterface.Position
+        self._input.max_velocity = (self.scale * self._speed).tolist()
+        self._input.target_position = target.tolist()
+        self._input.target_velocity = self._zeros
         return self._advance()
 
-    def _advance(self) -> np.ndarray:
-        result = self._ruckig.update(self._input, self._output)
-        if result not in (Result.Working, Result.Finished):
-            return np.full(3, np.nan)  # the envelope check refuses it
-        self._output.pass_to_input(self._input)
-        return np.array(self._output.new_position)
+    def _at_velocity(self, velocity: np.ndarray) -> Motion:
+        self._from(self.motion)
+        self._input.control_interface = ControlInterface.Velocity
+        limit = self.scale * self._speed
+        self._input.target_velocity = np.clip(velocity, -limit, limit).tolist()
+        return self._advance()
+
+    def _from(self, motion: Motion) -> None:
+        """Plan from a motion, in tangents of its own configuration."""
+        self._input.current_position = self._zeros
+        self._input.current_velocity = motion.velocity.tolist()
+        self._input.current_acceleration = motion.acceleration.tolist()
+
+    def _advance(self) -> Motion:
+        self._ruckig.reset()
+        if self._ruckig.update(self._input, self._output) not in (Result.Working, Result.Finished):
+            nan = np.full(self.space.tangent, np.nan)
+            return Motion(np.full(self.space.size, np.nan), nan, nan)  # the envelope check refuses it
+        step = np.array(self._output.new_position)
+        x = self.space.retract(self.motion.configuration, step)
+        return Motion(x, np.array(self._output.new_velocity), np.array(self._output.new_acceleration))

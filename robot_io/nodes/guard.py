@@ -6,7 +6,7 @@ Imports neither torch, dita, hydra, zarr nor mujoco: it runs from a copy of this
 import contextlib
 import json
 import os
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, Mapping, Optional, Tuple
 
 import numpy as np
@@ -118,7 +118,7 @@ class GuardNode:
         command, executed = guard.tick(now, periods)
         msg, motion, dt = self.bus.msg, guard.robot.motion, guard.robot.action_dt
         if command is not None:
-            self._command.publish(m.pose_to_ros(msg, command.stamp, command.position, BASE_FRAME))
+            self._command.publish(m.pose_to_ros(msg, command.stamp, command.configuration[:3], BASE_FRAME))
             if command.gripper != self._gripper_sent and command.gripper is not None and guard.robot.gripper:
                 field, value = guard.robot.gripper, np.array([[command.gripper]])
                 quantity = gripper_quantity(field)
@@ -214,7 +214,7 @@ class GuardNode:
             self.guard.hold("the policy is gone", self.bus.now())
 
 
-def run(*, bus: Mapping[str, Any], contract: Optional[str] = None, tick_hz: float, **limits: float) -> None:
+def run(*, bus: Mapping[str, Any], contract: Optional[str] = None, tick_hz: float, **limits: Any) -> None:
     """Run the guard until it is stopped.
 
     Args:
@@ -236,7 +236,8 @@ def run(*, bus: Mapping[str, Any], contract: Optional[str] = None, tick_hz: floa
 def ros2_guard() -> None:
     """Run the guard as a ROS 2 lifecycle node (`ros2 run robot_io guard`); its knobs are node parameters."""
     bus = open_bus("rclpy", "guard", int(os.environ.get("ROS_DOMAIN_ID", "0")))
-    values = {field.name: bus.param(field.name, 0.0) for field in fields(GuardConfig) if field.name != "tick"}
+    names = [f.name for f in fields(GuardConfig) if f.name != "tick" and f.default is MISSING]
+    values = {name: bus.param(name, 0.0) for name in names}
     tick_hz = bus.param("tick_hz", 0.0)
     if not tick_hz > 0:
         raise ValueError("guard: set its parameters (tick_hz, ...), as launch/dita.launch.py does")

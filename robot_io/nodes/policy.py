@@ -55,7 +55,7 @@ class PolicyNode:
             max_age: oldest observation to act on [s].
             interval: least time between two predictions' observations [s].
         """
-        self.bus, self.robot, self._observation = bus, parse_robot(embodiment), observation
+        self.bus, self.robot, self._observation = bus, parse_robot(embodiment, need_limits=False), observation
         self.error: Optional[BaseException] = None
         self._armed = False
         self._instruction = ""

@@ -38,7 +38,7 @@ class TwinNode:
             embodiment: the env's, as plain values.
             command_timeout: without a command for this long [s] the arm holds, as a driver does.
         """
-        self.bus, self.env, self.robot = bus, env, parse_robot(embodiment)
+        self.bus, self.env, self.robot = bus, env, parse_robot(embodiment, need_limits=False)
         self._timeout = command_timeout
         self._dt = 1.0 / embodiment["control_hz"]
         self._per_image = round(self.robot.obs_dt / self._dt)
