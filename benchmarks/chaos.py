@@ -37,7 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.chaos_nodes import APPLIED, INJECT
 from robot_io import messages as m
 from robot_io.bus import LATCHED, STATE, open_bus
-from robot_io.core.guard import GuardConfig
+from robot_io.core.guard import UNSAFE_FLAG, GuardConfig
 from robot_io.live import CHILD_ENV
 from robot_io.nodes import topics as t
 
@@ -114,7 +114,7 @@ class Rig:
         command = [sys.executable, "-m", "benchmarks.chaos_nodes", role, json.dumps(arguments)]
         process = subprocess.Popen(
             command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env={**os.environ, **CHILD_ENV, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+            env={**os.environ, **CHILD_ENV, "PYTHONPATH": str(ROOT), UNSAFE_FLAG: "1" if self.unsafe else "0"}, start_new_session=True,
         )  # fmt: skip
         self.processes[name], self.lines[name] = process, deque(maxlen=20)
         threading.Thread(target=self._read, args=(name, process), daemon=True).start()
@@ -198,6 +198,7 @@ class Rig:
 
     def reset(self, timeout_s: float = 10.0) -> None:
         """Begin a new episode in the twin; the guard must be idle."""
+        self.spin(0.12)  # the stream ends, so that nobody takes a new start for a jump
         self._number += 1
         number = self._number
         order = m.json_to_ros(self.bus.msg, {"episode": number, "task": "circle", "seed": number})
@@ -849,7 +850,6 @@ def recover(rig: Rig) -> None:
             rig.start(name)
             rig.spin(1.0)
     rig.idle()
-    rig.spin(0.12)  # the stream ends, so that nobody takes a new start for a jump
     rig.reset()
     rig.spin(0.1)
 

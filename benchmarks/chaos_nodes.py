@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from robot_io import bus_dds
 from robot_io import messages as m
 from robot_io.bus import LATCHED, STATE, Bus, open_bus
 from robot_io.nodes.serve import serve
@@ -414,6 +413,8 @@ class Reader:
 
         self.bus = bus
         self.robot = parse_robot(ROBOTS[robot])
+        assert self.robot.bounds is not None
+        self.bounds = self.robot.bounds
         self.commands: deque[Any] = deque()  # (arrival, writer, stamp, position, speed)
         self.measured: deque[Any] = deque()  # (arrival, position)
         self.violations: deque[Any] = deque()  # (arrival, what)
@@ -466,7 +467,7 @@ class Reader:
         writer = message.sample_info.publication_handle
         stamp, position = m.stamp_of(message), m.pose_from_ros(message)[0]
         if writer not in self._streams:
-            self._streams[writer] = {"envelope": EnvelopeReader(self.robot.limits), "last": None}
+            self._streams[writer] = {"envelope": EnvelopeReader(self.robot.space, self.bounds), "last": None}
         stream = self._streams[writer]
         before = Counter(stream["envelope"].violations)
         before["non_finite"], gaps = stream["envelope"].non_finite, stream["envelope"].gaps
@@ -492,7 +493,7 @@ class Reader:
         if not new:
             return
         pause = np.inf if last is None else time.monotonic() - last[2]
-        if pause < SILENT_S and np.linalg.norm(position - last[1]) > self.robot.limits.max_speed * (pause + 0.05):
+        if pause < SILENT_S and np.linalg.norm(position - last[1]) > self.bounds.speed[0] * (pause + 0.05):
             self._keep(self.violations, "jump across a gap of stamps")
         if last is None and self.measured:
             away = float(np.linalg.norm(position - self.measured[-1][1]))
@@ -509,7 +510,8 @@ class Reader:
         self._keep(self.measured, position)
 
     def _on_executed(self, message: Any) -> None:
-        self._keep(self.executed, m.stamp_of(message), message.points[0].time_from_start.nanosec)
+        step = m.executed_from_ros(message)
+        self._keep(self.executed, step.chunk, step.index)
 
     def _on_state(self, message: Any) -> None:
         values = m.json_from_ros(message)
@@ -541,7 +543,7 @@ class Reader:
         broken = Counter(what for at, what in self.violations if since <= at <= until)
         non_finite = sum(n for what, n in broken.items() if what.startswith("non_finite"))
         measured = [(at, p) for at, p in self.measured if since <= at <= until]
-        low, high = self.robot.limits.workspace_low, self.robot.limits.workspace_high
+        low, high = self.bounds.low, self.bounds.high
         named = [(at, text) for at, text in self.texts if at >= t0 - 0.001 and re.search(names, text)]
         state = next(((at, s, why) for at, s, why in self.states if at >= t0), None)
         chunks = [stamp for at, stamp, _ in self.executed if since <= at <= until]
@@ -718,11 +720,7 @@ def main(role: str, arguments: Mapping[str, Any]) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: nobody outlives the harness
     values = dict(arguments)
     domain, loss = values.pop("domain_id"), values.pop("loss", 0)
-    if loss:  # per mille of what this process sends, CycloneDDS's own test knob
-        bus_dds.LOOPBACK_XML = bus_dds.LOOPBACK_XML.replace(
-            "<Internal>", f"<Internal><Test><XmitLossiness>{loss}</XmitLossiness></Test>"
-        )
-    bus: Any = open_bus("dds", role, domain)
+    bus: Any = open_bus("dds", role, domain, loss_permille=loss)
     if role in ("twin", "policy", "guard"):
         bus = InjectBus(bus)
     serve(ROLES[role](bus=bus, **values))
