@@ -521,7 +521,7 @@ def _join(operator: Operator, config: "LiveConfig") -> None:
             if time.monotonic() > end:
                 operator.bus.wait_for_writer(topic, type, qos, 0.1)  # says what is there instead
             operator.bus.spin(0.05)
-    operator.until(lambda: operator.judge.robot is not None, 5.0, f"{CONTRACT} of the policy")
+    operator.until(lambda: operator.judge.robot is not None, READY_S, f"{CONTRACT} of the policy")
 
 
 def _settled(judge: Judge, bus: Bus) -> Callable[[], bool]:
