@@ -309,6 +309,8 @@ class LiveConfig:
     hold_timeout: float  # guard: held for this long, fault
     max_skew: float  # guard: clocks may differ by this much
     clamp_margin: float  # guard: excess of an action that is clamped, as a share of its half range
+    guard_embodiment: str | None  # guard: its own file or a shipped name; None: that of env
+    require_preflight: bool  # guard: refuse to arm until the preflight passed; `live`, in simulation, does not ask
     command_timeout: float  # twin: the driver's
     slop: float  # policy: spread of the stamps in one observation
     max_age: float  # policy: oldest observation to act on

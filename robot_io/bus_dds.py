@@ -39,11 +39,13 @@ from cyclonedds.sub import DataReader
 from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 from rosbags.interfaces import Nodetype
-from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
 from robot_io.bus import STATE, Clock, Qos, Stopper, Timer, TypeWatch, Writer, wait_for_writer
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
+# not among the common interfaces (https://github.com/ros-controls/control_msgs)
+TYPES.register(get_types_from_msg("float64 position\nfloat64 max_effort\n", "control_msgs/msg/GripperCommand"))
 
 # A killed node is forgotten after 3 s, so that a new guard does not take its predecessor for a second commander.
 XML = """<CycloneDDS><Domain Id="any">
@@ -130,9 +132,23 @@ def _struct(type: str) -> Type[IdlStruct]:
     struct: Any = make_idl_struct(f"{name}_", f"{package}.msg.dds_.{name}_", fields, dataclassify=False)
     struct.__init__ = lambda self, message: setattr(self, "message", message)
     struct.serialize = lambda self, **_: bytes(TYPES.serialize_cdr(self.message, type))
-    struct.deserialize = staticmethod(lambda data, **_: TYPES.deserialize_cdr(data, type))
+    struct.deserialize = staticmethod(lambda data, **_: _decode(data, type))
     struct.deserialize_key = staticmethod(lambda data, **_: None)  # of the sample that says that a writer left
     return struct
+
+
+class _Unreadable:
+    """Bytes that are no message; raising instead would lose the messages that are taken with it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _decode(data: Any, type: str) -> Any:
+    try:
+        return TYPES.deserialize_cdr(data, type)
+    except Exception as e:  # whatever the decoder says
+        return _Unreadable(e)
 
 
 def _fields(type: str) -> List[Tuple[str, Any]]:
@@ -204,6 +220,8 @@ def _dds_qos(qos: Qos, type: str) -> DdsQos:
         Policy.DataRepresentation(use_cdrv0_representation=True, use_xcdrv2_representation=False),
         Policy.Userdata(f"typehash={_hash(type)};".encode()),
     ]
+    if qos.latched:  # or a late joiner gets one message whatever the depth
+        policies.append(Policy.DurabilityService(0, Policy.History.KeepLast(qos.depth), -1, -1, -1))
     if qos.lease_s is not None:
         policies.append(Policy.Liveliness.Automatic(int(qos.lease_s * 1e9)))
     return DdsQos(*policies)
@@ -240,7 +258,7 @@ class _Subscription:
     def __init__(self, reader: DataReader, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
         self.reader, self.topic, self.type, self.qos, self.callback = reader, topic, type, qos, callback
         self.condition = ReadCondition(reader, ViewState.Any | SampleState.NotRead | InstanceState.Any)
-        self.alive = 0
+        self.alive, self.unreadable = 0, 0
         self.on_liveliness: Optional[Callable[[int], None]] = None
 
     def take(self) -> List[Any]:
@@ -279,6 +297,7 @@ class DdsBus:
         self.timer(POLL_S * self.clock.rate, self._poll)
         self._types = TypeWatch(name)
         self._mismatch: Callable[[str], None] = lambda text: self.log("error", text)
+        self._closed = False
         self._running = threading.Event()
         self._running.set()
 
@@ -334,13 +353,15 @@ class DdsBus:
             self._stopper.finish()
 
     def _dispatch(self, subscription: _Subscription) -> None:
-        try:
-            samples = subscription.take()
-        except Exception as e:  # whatever the decoder says of bytes: nothing that somebody sends may end a node
-            self.log("error", f"a message on {subscription.topic} cannot be read as {subscription.type}: {e}")
-            return
-        for sample in samples:
-            self._stopper.call(subscription.callback, sample)
+        for sample in subscription.take():
+            if isinstance(sample, _Unreadable):  # nothing that somebody sends may end a node
+                subscription.unreadable += 1
+                if subscription.unreadable in (1, 10, 100, 1000):
+                    n, topic = subscription.unreadable, subscription.topic
+                    text = f"{n} message{'s' * (n > 1)} on {topic} cannot be read as {subscription.type}"
+                    self.log("error", f"{text}: {sample.error}")
+            else:
+                self._stopper.call(subscription.callback, sample)
 
     def shutdown(self) -> None:
         """Let `spin` return."""
@@ -349,7 +370,10 @@ class DdsBus:
 
     def close(self) -> None:
         """Leave the graph now; nothing of this bus may be used after."""
+        if self._closed:
+            return
         self.shutdown()
+        self._closed = True
         for publisher in self._publishers:
             publisher.closed = True
         conditions = [s.condition for s in self._subscriptions]
@@ -421,9 +445,11 @@ class DdsBus:
                 self._mismatch(text)
 
     def _report(self, mine: Any, verb: str, others: List[Writer], other_verb: str, policy: int) -> None:
+        if policy not in POLICIES:  # another type, which `TypeWatch` tells
+            return
         theirs = "; ".join(f"{w.node} {other_verb} {w.qos}" for w in others if w.qos != mine.qos)
         self._mismatch(
-            f"QoS mismatch on {mine.topic} ({POLICIES.get(policy, f'policy {policy}')}): "
+            f"QoS mismatch on {mine.topic} ({POLICIES[policy]}): "
             f"{self.name} {verb} {mine.qos}; {theirs or 'the other end is gone'}. Nothing flows between them"
         )
 

@@ -260,12 +260,17 @@ class RclpyBus:
             for text in self._types.look(topic, type, "", self.writers(topic)):
                 self._mismatch(text)
 
-    def _report(self, topic: str, verb: str, qos: Qos, event: Any) -> None:
-        name, node = self._node.resolve_topic_name(topic), self._node
+    def _report(self, topic: str, verb: str, qos: Qos, e: Any) -> None:
+        policy, name, node = (
+            qos_policy_name_from_kind(e.last_policy_kind),
+            self._node.resolve_topic_name(topic),
+            self._node,
+        )
+        if policy == "INVALID":  # another type, which `TypeWatch` tells
+            return
         ask = node.get_subscriptions_info_by_topic if verb == "offers" else node.get_publishers_info_by_topic
         theirs = "; ".join(f"{i.node_name} has {qos_of(i.qos_profile)}" for i in ask(name))
         self._stopper.call(
             self._mismatch,
-            f"QoS mismatch on {topic} ({qos_policy_name_from_kind(event.last_policy_kind)}): {self.name} {verb} {qos}; "
-            f"{theirs}. Nothing flows between them",
+            f"QoS mismatch on {topic} ({policy}): {self.name} {verb} {qos}; {theirs}. Nothing flows between them",
         )

@@ -27,6 +27,7 @@ from robot_io.core.diagnostics import Running
 from robot_io.core.limits import Bounds, Robot, parse_robot
 from robot_io.core.space import Space
 from robot_io.nodes import NODES, entry
+from robot_io.nodes.guard import load_robot
 from robot_io.nodes.topics import (
     ARM,
     CHUNK,
@@ -206,8 +207,9 @@ class EnvelopeReader:
 class Judge:
     """Everything that a run shows on its topics."""
 
-    def __init__(self, bus: Bus) -> None:
-        self.bus = bus
+    def __init__(self, bus: Bus, own: Optional[Robot] = None) -> None:
+        """Listen; `own` has the limits that the guard has, None: those of the policy's contract."""
+        self.bus, self._own = bus, own
         self.robot: Optional[Robot] = None
         self.contract: Dict[str, Any] = {}
         self.envelope: Optional[EnvelopeReader] = None
@@ -234,7 +236,7 @@ class Judge:
         if self.robot is not None:  # the first one is what the run is judged by, whatever else is sent
             return
         self.contract = m.json_from_ros(message)
-        self.robot = parse_robot(self.contract["embodiment"])
+        self.robot = self._own or parse_robot(self.contract["embodiment"])
         assert self.robot.bounds is not None
         self.envelope = EnvelopeReader(self.robot.space, self.robot.bounds)
         driver = self.robot.driver
@@ -406,7 +408,11 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
     """Return the arguments of each node's entry in `robot_io.nodes`."""
     guard = {"tick_hz", "state_timeout", "stream_timeout", "hold_timeout", "max_skew", "clamp_margin"}
     values: Dict[str, Dict[str, Any]] = {
-        "guard": {name: getattr(config, name) for name in guard},
+        "guard": {
+            **{name: getattr(config, name) for name in guard},
+            "embodiment": _guards_file(config),
+            "require_preflight": config.require_preflight,
+        },
         "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
         "policy": {
             "checkpoint": config.checkpoint,
@@ -424,13 +430,20 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
 
 
+def _guards_file(config: "LiveConfig") -> str:
+    """Return the embodiment file that the guard reads by itself."""
+    from dita.embodiment import config_folder
+
+    name = config.guard_embodiment or config.env.embodiment
+    is_file = name.endswith((".yaml", ".yml", ".json"))
+    return str(Path(name).resolve() if is_file else config_folder() / "embodiment" / f"{name}.yaml")
+
+
 def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
-    """Return the command line of each process."""
+    """Return the command line of each process of a run in simulation, which needs no preflight."""
     python = [sys.executable, "-m", "robot_io.nodes"]
-    return {
-        name: [*python, name, json.dumps(arguments), "--with-parent"]
-        for name, arguments in arguments_of(config).items()
-    }
+    arguments = arguments_of(replace(config, require_preflight=False))
+    return {name: [*python, name, json.dumps(values), "--with-parent"] for name, values in arguments.items()}
 
 
 def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
@@ -479,7 +492,7 @@ def live(
             children.start(name, command)
         bus = open_bus(name="live", **_bus_arguments(config))
         stack.callback(bus.close)
-        judge = Judge(bus)
+        judge = Judge(bus, load_robot(_guards_file(config))[0])
         operator = Operator(bus, judge, children)
         progress = stack.enter_context(_progress(config.episodes))
         _join(operator, config)

@@ -85,9 +85,9 @@ def _value(value: Any, field_type: str) -> Any:
     """Return what rclpy's setters take: bytes for a byte, array.array for bytes, lists for other arrays."""
     if field_type == "octet":
         return bytes([value])
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+    if isinstance(value, (bytes, bytearray)) or (isinstance(value, np.ndarray) and value.dtype == np.uint8):
         data = array.array("B")
-        data.frombytes(np.ascontiguousarray(value))  # pyright: ignore[reportArgumentType]
+        data.frombytes(value.tobytes() if isinstance(value, np.ndarray) else value)
         return data
     return value.tolist() if isinstance(value, np.ndarray) else value
 

@@ -1,7 +1,7 @@
 """A FAKE of the part of rclpy that `robot_io.bus_rclpy` uses, so that this file's code runs where there is no ROS 2.
 
 It says nothing about a real ROS 2: that is what the tests marked `ros2` are for, and they never see this. Signatures,
-argument checks and the oddities (a lifecycle publisher is silent until activated, a transition's exception is swallowed,
+argument checks and the oddities (a lifecycle publisher is silent until activated, what a transition raises is kept,
 one callback per `spin_once`, `get_publishers_info_by_topic` does not remap, setters refuse NumPy arrays) are those of
 rclpy in Jazzy and of the classes that rosidl generates. Messages travel over real DDS, so that processes can meet.
 """
@@ -18,7 +18,8 @@ import time
 import types
 from collections import deque
 from collections.abc import Sequence, Set
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 
 import numpy as np
 from rosbags.interfaces import Nodetype
@@ -27,7 +28,9 @@ from robot_io.bus import Qos
 from robot_io.bus_dds import TYPES, DdsBus, _fields
 from robot_io.bus_dds import message as wire_message
 
-INTEGERS = {f"{u}int{n}": (0, 2**n) if u else (-(2 ** (n - 1)), 2 ** (n - 1)) for u in ("", "u") for n in (8, 16, 32, 64)}
+INTEGERS = {
+    f"{u}int{n}": (0, 2**n) if u else (-(2 ** (n - 1)), 2 ** (n - 1)) for u in ("", "u") for n in (8, 16, 32, 64)
+}
 IDL = {"byte": "octet", "bool": "boolean", "float64": "double", "float32": "float", "char": "uint8"}
 PACKAGES = sorted({name.split("/")[0] for name in TYPES.fielddefs} | {"std_srvs", "rcl_interfaces"})
 
@@ -96,7 +99,7 @@ def idl_name(desc):
     return f"sequence<{inner}>" if kind == Nodetype.SEQUENCE else f"{inner}[{what[1]}]"
 
 
-@lru_cache(maxsize=None)
+@cache
 def message_class(type_name):
     descs = dict(_fields(type_name))
 
@@ -282,7 +285,7 @@ class ExternalShutdownException(Exception):
 def ros_arguments(flag):
     """Return {name: text} of `--ros-args -p name:=text` or of `-r from:=to`."""
     words = sys.argv[sys.argv.index("--ros-args") :] if "--ros-args" in sys.argv else []
-    return dict(b.split(":=", 1) for a, b in zip(words, words[1:], strict=False) if a == flag)
+    return dict(b.split(":=", 1) for a, b in pairwise(words) if a == flag)
 
 
 # ---- events, the lifecycle node, the executor
@@ -384,7 +387,9 @@ class LifecycleNode:
     # transitions: where from, callback, where to after success and after failure
     def _change(self, before, callback, success, failure):
         if self.state not in before:
-            raise RuntimeError(f"Failed to trigger lifecycle state machine transition: {self.state} is none of {before}")
+            raise RuntimeError(
+                f"Failed to trigger lifecycle state machine transition: {self.state} is none of {before}"
+            )
         first = self.state
         try:
             result = callback(types.SimpleNamespace(label=first))
@@ -454,7 +459,9 @@ class LifecycleNode:
 
     def create_timer(self, timer_period_sec, callback, callback_group=None, clock=None):
         assert isinstance(timer_period_sec, float) and clock.clock_type == ClockType.STEADY_TIME
-        made = types.SimpleNamespace(period=timer_period_sec, callback=callback, next=time.monotonic() + timer_period_sec)
+        made = types.SimpleNamespace(
+            period=timer_period_sec, callback=callback, next=time.monotonic() + timer_period_sec
+        )
         self._timers.append(made)
         return made
 
@@ -606,7 +613,7 @@ def modules():
         if package != "rcl_interfaces":
             names.setdefault(f"{package}.msg", {})[name] = message_class(type_name)
     made = {}
-    for name, values in {**dict.fromkeys(PACKAGES, {}), **names}.items():
+    for name, values in {**{key: {} for key in PACKAGES}, **names}.items():
         made[name] = types.ModuleType(name, "a fake, for tests")
         made[name].__dict__.update(values)
     for name, module in made.items():

@@ -806,7 +806,7 @@ from robot_io.nodes.guard import GuardNode
 from robot_io.core.guard import GuardConfig
 contract = json.loads(sys.argv[1])
 config = GuardConfig(1 / 160, 0.1, 0.1, 1.0, 0.05, 0.25)
-node = GuardNode(open_bus("dds", "guard", 77), config, {"embodiment": contract, "hash": "0"})
+node = GuardNode(open_bus("dds", "guard", 77), config, contract, require_preflight=False)
 node.bus.spin(0.1)
 node.stop()
 node.bus.spin(1.0)

@@ -30,7 +30,9 @@ pytestmark = pytest.mark.live
 def config(tmp_path, domain_id, **changes):
     values = yaml.safe_load((HERE.parent / "configs" / "robot.yaml").read_text())
     del values["defaults"]
-    env = {"suite": "fake", "embodiment": "point", "tasks": ("go",), "max_steps": 400, "fast_render": True}
+    point = tmp_path / "point.json"  # the guard's own
+    point.write_text(json.dumps(EMBODIMENT))
+    env = {"suite": "fake", "embodiment": str(point), "tasks": ("go",), "max_steps": 400, "fast_render": True}
     values.update(checkpoint="none", out=str(tmp_path / "out"), env=env, domain_id=domain_id, start_timeout=30.0)
     return from_dict(LiveConfig, {**values, **changes}, "robot")
 
@@ -227,7 +229,7 @@ def test_guard_survives_a_contract_that_makes_no_sense(stack, tmp_path):
     contract = impostor.publisher(CONTRACT, m.STRING, LATCHED)
     contract.publish(impostor.msg(m.STRING, data="{"))
     contract.publish(impostor.msg(m.STRING, data="[]"))
-    rig.watch(lambda: any("contract refused" in line for line in rig.children.lines("guard")))
+    rig.watch(lambda: any("message refused on /dita/contract" in line for line in rig.children.lines("guard")))
     rig.children.check()
     assert rig.judge.guard["state"] == "ARMED"
 
@@ -270,7 +272,11 @@ def test_children_end_when_their_owner_does(tmp_path):
         (["robot", "{}"], 1, "there are guard, policy, twin"),
         (["guard", "{"], 1, "error:"),
         (["guard", '{"bus": {"kind": "can", "domain_id": 0}, "tick_hz": 50}'], 1, "error:"),
-        (["guard", '{"bus": {"kind": "dds", "domain_id": 79}, "tick_hz": 160, "contract": "none.json"}'], 1, "error:"),
+        (
+            ["guard", '{"bus": {"kind": "dds", "domain_id": 79}, "tick_hz": 160, "embodiment": "none.json"}'],
+            1,
+            "none.json",
+        ),
     ],
 )
 def test_node_mistakes_are_one_line_and_an_exit_code(arguments, code, says, capsys):

@@ -18,6 +18,7 @@ from robot_io.nodes.topics import (
     CONTRACT,
     DIAGNOSTICS,
     GUARD_STATE,
+    HEARTBEAT,
     INSTRUCTION,
     JOINTS,
     TOOL_POSE,
@@ -26,6 +27,8 @@ from robot_io.nodes.topics import (
     is_tool,
     joint_names,
 )
+
+HEARTBEAT_S = 0.03  # a third of the guard's shortest wait
 
 
 class PolicyNode:
@@ -75,6 +78,8 @@ class PolicyNode:
         bus.subscribe(INSTRUCTION, m.STRING, LATCHED, self._on_instruction)
         bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_guard)
         self._contract.publish(m.json_to_ros(bus.msg, {"embodiment": dict(embodiment), "hash": contract_hash}))
+        heartbeat = bus.publisher(HEARTBEAT, m.STRING, STATE)
+        bus.timer(HEARTBEAT_S, lambda: heartbeat.publish(bus.msg(m.STRING, data="policy")))
         bus.timer(1.0, self._diagnose)
         self._loop.start()
 
