@@ -292,8 +292,15 @@ class Judge:
             },
             "envelope": self.envelope.to_dict() if self.envelope else None,
             "guard": {name: float(value) for name, value in guard.items()},
-            "policy": {name: float(value) for name, value in self.diagnostics.get("policy", {}).items()},
+            "policy": {name: _plain(value) for name, value in self.diagnostics.get("policy", {}).items()},
         }
+
+
+def _plain(value: str) -> Any:
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _percentiles(seconds: Sequence[float]) -> Dict[str, Any]:
@@ -425,6 +432,10 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
             "slop": config.slop,
             "max_age": config.max_age,
             "interval": config.replan_interval,
+            "max_skew": config.max_skew,
+            "mode": config.mode,
+            "n_action_steps": config.n_action_steps,
+            "compressed": config.compressed,
         },
     }
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}

@@ -27,6 +27,7 @@ TAKEOVER = "/dita/takeover"  # human -> guard: whose chunks count
 SPEED = "/dita/speed"  # operator -> guard: scale of the limits
 APPROVAL = "/dita/approval"  # operator -> guard: chunks wait for approval, or not
 APPROVE = "/dita/approve"  # operator -> guard: this chunk may go
+POLICY_STATE = "/dita/policy_state"  # policy -> guard, latched: whether it may act, and why not
 PREFLIGHT = "/dita/preflight"  # preflight -> guard, latched
 DIAGNOSTICS = "/diagnostics"
 
