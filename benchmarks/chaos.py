@@ -53,7 +53,8 @@ TICK_BOUND = (
 CHUNK_S = 0.3  # of the rule's chunks
 TRIES = 4  # of a repetition whose arm did not move steadily before the fault: a busy machine
 IMAGES = [t.image_topic(name) for name in ("corner", "wrist")]
-STATES = [t.TOOL_POSE, t.JOINTS]
+POSE, JOINTS = "/tool_pose", "/joint_states"
+STATES = [POSE, JOINTS]
 CHUNKS = [t.CHUNK, t.CHUNK_GRIPPER]
 
 
@@ -79,6 +80,7 @@ class Rig:
         self.verdicts: queue.Queue[str] = queue.Queue()
         self.bus = open_bus("dds", "console", domain_id)
         self._inject = self.bus.publisher(INJECT, m.STRING, STATE)
+        self._driver = self.bus.publisher(t.INJECT, m.STRING, STATE)
         self._arm = self.bus.publisher(t.ARM, m.BOOL, STATE)
         self._episode = self.bus.publisher(t.EPISODE, m.STRING, STATE)
         self.bus.subscribe(t.GUARD_STATE, m.STRING, LATCHED, self._on_guard)
@@ -105,8 +107,7 @@ class Rig:
         """Start a process of the rig, again if it has ended."""
         arguments: dict[str, Any] = {"domain_id": self.domain_id, **changes}
         role = name.split("_")[0]
-        if role in ("reader", "twin", "policy"):
-            arguments["robot"] = self.robot
+        arguments["robot"] = self.robot
         if role in ("twin", "policy", "guard"):
             arguments["loss"] = self.loss
         if role == "guard":
@@ -185,6 +186,11 @@ class Rig:
 
         self.until(lambda: bool(found()), timeout_s, f"{node}: {when} of {order}")
         return found()[0]
+
+    def driver(self, **order: Any) -> float:
+        """Give the twin an order of its own, see robot_io/nodes/inject.py, and return when."""
+        self._driver.publish(m.json_to_ros(self.bus.msg, order))
+        return time.monotonic()
 
     def clear(self) -> None:
         """Take every order back."""
@@ -277,10 +283,9 @@ class Row:
     reaction: str
     run: Callable[[Trial], Expect]
     variants: Sequence[Any] = (None,)
-    robot: str = "point"
+    robots: Sequence[str] = ("point",)  # in turn, after every round of the variants
     loss: Sequence[int] = (0,)  # per mille, per variant in turn
     control: bool = False  # the control run must be caught doing it
-    fresh: bool = False  # every repetition gets a rig of its own
     phase: tuple[float, float] = (0.45, 0.9)  # [s] of steady motion before the fault, at random
 
 
@@ -335,7 +340,7 @@ def a1(trial: Trial) -> Expect:
     how, value = trial.variant
     at = float(trial.rng.random())
     if how == "policy":
-        fault = {"bad": value, "step": int(trial.rng.integers(24)), "dim": int(trial.rng.integers(4))}
+        fault = {"bad": value, "step": int(trial.rng.integers(24)), "dim": int(trial.rng.integers(7))}
         t0 = trial.rig.inject("policy", when="predicted", predict=fault)
     else:
         topic = t.CHUNK if how == "wire" else t.CHUNK_GRIPPER
@@ -432,6 +437,7 @@ def a8(trial: Trial) -> Expect:
 def a9(trial: Trial) -> Expect:
     """Chunks that do not fit onto each other: two policies in turn, or a wrong idea of the delay."""
     what, size = trial.variant
+    size *= (0.5 if trial.rig.robot == "joints" else 0.05) if what == "jump" else 1
     change = {"plus": size, "every": 2} if what == "jump" else {"stamp": -size, "every": 2}
     t0 = trial.rig.inject("policy", when="out", **outgoing([t.CHUNK] if what == "jump" else CHUNKS, **change))
     trial.rig.spin(1.2)
@@ -451,7 +457,7 @@ def a10(trial: Trial) -> Expect:
 
 def a11(trial: Trial) -> Expect:
     """Joint names in the wrong place, missing, unknown or twice, while running."""
-    t0 = trial.rig.inject("twin", when="out", **outgoing([t.JOINTS], names=trial.variant))
+    t0 = trial.rig.inject("twin", when="out", **outgoing([JOINTS], names=trial.variant))
     if trial.variant == "add":
         trial.rig.spin(0.8)
         return Expect(t0, stop=None)
@@ -463,7 +469,7 @@ def a12(trial: Trial) -> Expect:
     """Degrees for radians, millimetres for metres: in the state and in the action."""
     where, factor = trial.variant
     if where == "state":
-        t0 = trial.rig.inject("twin", when="out", **outgoing([t.TOOL_POSE], times=factor))
+        t0 = trial.rig.inject("twin", when="out", **outgoing(STATES, times=factor))
         trial.faulted(1.0, 0.25)
         return Expect(t0, "state|measured|workspace|unit|jump", bound=TICK_BOUND, state=("FAULT",), honest=False)
     t0 = trial.rig.inject("policy", when="out", **outgoing([t.CHUNK], times=factor))
@@ -711,13 +717,25 @@ def second_guard(trial: Trial) -> Expect:
     return Expect(t0 - 0.3, "second writer", stop=None, problems=after.problems, extra=after.extra)
 
 
+def a24(trial: Trial) -> Expect:
+    """The arm's own stop is hit, and released."""
+    rig = trial.rig
+    t0 = rig.driver(fault="driver_mode", mode=trial.variant)
+    trial.faulted(1.0, 0.3)
+    rig.driver(off=True)
+    rig.spin(0.5)
+    problems = [] if rig.state == "FAULT" else [f"{rig.state} after the release"]
+    return Expect(t0, trial.variant, bound=TICK_BOUND + 0.0125, state=("FAULT",), problems=problems)
+
+
 WALLS = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0.6, 0.6, -0.5))
-GUARD_RAISES = tuple(("raise", "guard", where) for where in (t.TOOL_POSE, t.CHUNK, "timer"))
+GUARD_RAISES = tuple(("raise", "guard", where) for where in (POSE, t.CHUNK, "timer"))
 SIGNALS = tuple(("signal", node, n) for n in (signal.SIGINT, signal.SIGTERM) for node in ("guard", "policy"))
+BOTH = ("point", "joints")
 ROWS = {row.id: row for row in (
-    Row("A1", "NaN or Inf in an action", "R2 within a tick; R3 after 3 in 1 s", a1, control=True,
+    Row("A1", "NaN or Inf in an action", "R2 within a tick; R3 after 3 in 1 s", a1, robots=BOTH, control=True,
         variants=[(how, value) for how in ("policy", "wire", "wire_gripper") for value in ("nan", "inf")]),
-    Row("A2", "stale state: the driver stops", "R3", a2, variants=("stopped", "silent", "stopped", "short")),
+    Row("A2", "stale state: the driver stops", "R3", a2, robots=BOTH, variants=("stopped", "silent", "stopped", "short")),
     Row("A3", "a camera falls silent", "finish at most 100 ms, R2; R3 after 1 s", a3, variants=("all", "one")),
     Row("A4", "a camera repeats itself", "as A3", a4, variants=("old", "new")),
     Row("A5", "clock skew", "refuse to arm; running: R3", a5, variants=[
@@ -728,19 +746,19 @@ ROWS = {row.id: row for row in (
         variants=(("twin", -10.0), ("guard", -10.0), ("guard", 10.0), ("twin", 10.0))),
     Row("A7", "topics out of step", "R0; as A3 when none is valid", a7, variants=("ramp", "rare")),
     Row("A8", "inference late", "expired actions dropped, R2 when none is left", a8, variants=(0.5, 1.0, 2.0, 0.1)),
-    Row("A9", "chunks do not join", "blend or R2, inside the envelope", a9, robot="point_absolute", control=True,
-        variants=(("jump", 0.05), ("delay", 0.375), ("jump", -0.05), ("delay", -0.03))),
+    Row("A9", "chunks do not join", "blend or R2, inside the envelope", a9, robots=("joints", "point_absolute"), control=True,
+        variants=(("jump", 1), ("delay", 0.375), ("jump", -1), ("delay", -0.03))),
     Row("A10", "action out of range", "R1, then R2", a10, control=True,
         variants=(("times", 10.0), ("bang", 1.0), ("times", -10.0), ("bang", 0.25), ("times", 0.1))),
-    Row("A11", "joint names", "by name only; R3", a11, variants=("permute", "drop", "duplicate", "add")),
-    Row("A12", "units", "R3 in one tick", a12, variants=[
+    Row("A11", "joint names", "by name only; R3", a11, robots=BOTH[::-1], variants=("permute", "drop", "duplicate", "add")),
+    Row("A12", "units", "R3 in one tick", a12, robots=BOTH, variants=[
         (where, x) for x in (57.3, 1000.0, 0.001) for where in ("state", "action") if (where, x) != ("action", 0.001)
     ]),
     Row("A14", "another robot's policy", "refuse to arm, name the field", a14, variants=(
         {"name": "other_arm"}, {"action_dt": 0.02}, {"cameras": [{"name": "wrist", "height": 24, "width": 32, "slot": 0},
                                                                  {"name": "corner", "height": 24, "width": 32, "slot": 1}]},
     )),
-    Row("A15", "policy killed", "R2, R3", a15),
+    Row("A15", "policy killed", "R2, R3", a15, robots=BOTH),
     Row("A16", "policy hangs", "R2, R3", a16, variants=("stopped", "loop")),
     Row("A17", "guard killed", "the driver holds within 100 ms; restart is IDLE", a17),
     Row("A18", "partition", "run out the chunk, end at rest", a18, variants=("blackhole", "half", "slow")),
@@ -748,10 +766,12 @@ ROWS = {row.id: row for row in (
         variants=("same", "other")),
     Row("A20", "late, duplicate, reordered chunks", "R0", a20, variants=("duplicate", "late", "reorder")),
     Row("A21", "packet loss 5, 20, 50 %", "5 %: no stop; never a violation", a21, loss=(50, 200, 500)),
-    Row("A22", "second commander", "R3, by name", a22, variants=("nothing", "poses", "nan")),
-    Row("A23", "collision, workspace", "stops inside", a23, variants=WALLS),
+    Row("A22", "second commander", "R3, by name", a22, robots=BOTH, variants=("nothing", "poses", "nan")),
+    Row("A24", "protective stop, emergency stop", "FAULT within a tick; no motion on release", a24, robots=BOTH,
+        variants=("protective_stop", "emergency_stop")),
+    Row("A23", "collision, workspace", "stops inside", a23, robots=BOTH, variants=WALLS),
     Row("A25", "signals, exceptions", "R2, then exit", a25,
-        variants=(*SIGNALS, *GUARD_RAISES, ("predict", "policy", None), ("raise", "policy", t.TOOL_POSE))),
+        variants=(*SIGNALS, *GUARD_RAISES, ("predict", "policy", None), ("raise", "policy", POSE))),
     Row("A26", "no processor for the guard", "R2, counted", a26, variants=("hogs", "stopped")),
     Row("R1", "kill and restart each process", "moves again after arming", restart,
         variants=("policy", "guard", "twin")),
@@ -885,7 +905,7 @@ def run(rows: Sequence[Row], repeat: int, seed: int, work: Path, domain_id: int,
 
 def rig_key(row: Row, k: int, unsafe: bool) -> tuple[str, int, bool]:
     """Return which rig a repetition runs on."""
-    return row.robot, row.loss[k % len(row.loss)], unsafe
+    return row.robots[k // len(row.variants) % len(row.robots)], row.loss[k % len(row.loss)], unsafe
 
 
 def attempt(rigs: Rigs, row: Row, k: int, unsafe: bool, seed: int) -> dict[str, Any]:

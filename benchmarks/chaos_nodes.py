@@ -8,6 +8,7 @@ moving at a steady speed, so that a deceleration shows at any moment.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import json
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -258,43 +260,75 @@ LIMITS = {  # as of an arm, not of a point: it takes time and room to stop
     "max_speed": 1.0, "max_acceleration": 15.0, "max_jerk": 3000.0, "max_lag": 0.15,
     "workspace_low": [-0.5, 0.3, 0.0], "workspace_high": [0.5, 1.1, 0.6],
 }  # fmt: skip
-EMBODIMENT: dict[str, Any] = {
-    "name": "point", "robot": "a point", "obs_dt": 0.05, "action_dt": 0.0125, "control_hz": 80.0,
-    "state": [field("hand", "ee_position", 3, -2, 2), field("grip", "gripper_position", 1, 0, 1)],
-    "action": [
-        field("hand_delta", "ee_position", 3, -0.01, 0.01, "commanded"),
-        field("grip_target", "gripper_position", 1, 0, 1),
-    ],
-    "cameras": [{"name": name, "height": 24, "width": 32, "slot": i} for i, name in enumerate(("corner", "wrist"))],
-    "limits": LIMITS,
+JOINTS = [f"joint_{i}" for i in range(6)]
+JOINT_LIMITS = {
+    "names": JOINTS, "low": [-1.5] * 6, "high": [1.5] * 6, "velocity": [2.0] * 6, "acceleration": [12.0] * 6,
+    "jerk": [3000.0] * 6, "max_lag": 0.6,
 }  # fmt: skip
-ABSOLUTE = {**EMBODIMENT, "name": "point_absolute", "action": [
-    field("hand_target", "ee_position", 3, -2, 2), field("grip_target", "gripper_position", 1, 0, 1),
-]}  # fmt: skip
-ROBOTS = {"point": EMBODIMENT, "point_absolute": ABSOLUTE}
-CENTER, RADIUS, SPEED = np.array([0.0, 0.7, 0.3]), 0.1, 0.3
+CAMERAS = [{"name": name, "height": 24, "width": 32, "slot": i} for i, name in enumerate(("corner", "wrist"))]
+COMMON = {"obs_dt": 0.05, "action_dt": 0.0125, "control_hz": 80.0, "cameras": CAMERAS}
+GRIP = field("grip_target", "gripper_position", 1, 0, 1)
+MEASURED = [field("hand", "ee_position", 3, -2, 2), field("grip", "gripper_position", 1, 0, 1)]
+ROBOTS: dict[str, dict[str, Any]] = {
+    "point": {
+        **COMMON, "name": "point", "robot": "a point", "state": MEASURED, "limits": LIMITS,
+        "action": [field("hand_delta", "ee_position", 3, -0.01, 0.01, "commanded"), GRIP],
+    },
+    "point_absolute": {
+        **COMMON, "name": "point_absolute", "robot": "a point", "state": MEASURED, "limits": LIMITS,
+        "action": [field("hand_target", "ee_position", 3, -2, 2), GRIP],
+    },
+    "joints": {
+        **COMMON, "name": "joints", "robot": "six joints", "limits": {"joints": JOINT_LIMITS},
+        "driver": {"command": "joint_trajectory", "joints": JOINTS},
+        "state": [field("arm", "joint_position", 6, -3, 3), field("grip", "gripper_position", 1, 0, 1)],
+        "action": [field("arm_target", "joint_position", 6, -3, 3), GRIP],
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Orbit:
+    """A circle in two axes of a robot's space."""
+
+    center: np.ndarray
+    axes: tuple[int, int]
+    radius: float
+    speed: float
+
+    def at(self, angle: float | np.ndarray) -> np.ndarray:
+        """Return the configuration at an angle, [d] or [n d]."""
+        x = np.zeros((*np.shape(angle), len(self.center))) + self.center
+        x[..., self.axes[0]] += self.radius * np.cos(angle)
+        x[..., self.axes[1]] += self.radius * np.sin(angle)
+        return x
+
+
+TOOL = Orbit(np.array([0.0, 0.7, 0.3]), (0, 2), 0.1, 0.3)
+ORBITS = {"point": TOOL, "point_absolute": TOOL, "joints": Orbit(np.zeros(6), (0, 1), 0.3, 0.5)}
 
 
 class PointEnv:
-    """A hand that follows its command with a lag of a few steps, and a gripper that follows at a limited speed."""
+    """Numbers that follow their commands with a lag of a few steps, and a gripper that follows at a limited speed."""
 
     instruction = "circle"
     success = False
 
-    def __init__(self, embodiment: Mapping[str, Any]) -> None:
-        self._delta = embodiment["action"][0]["mode"] == "delta"
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._delta = ROBOTS[name]["action"][0]["mode"] == "delta"
 
     def reset(self, *, seed: int, options: Mapping[str, str]) -> None:
         """Begin on the circle."""
-        self.commanded_position = CENTER + np.array([RADIUS, 0.0, 0.0])
-        self.hand, self.grip = self.commanded_position.copy(), 0.5
+        self.commanded = ORBITS[self._name].at(0.0)
+        self.hand, self.grip = self.commanded.copy(), 0.5
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray]]:
         """Advance by a step."""
-        motion = np.asarray(action[:3], float)
-        self.commanded_position = self.commanded_position + motion if self._delta else motion
-        self.hand = self.hand + 0.5 * (self.commanded_position - self.hand)
-        self.grip += float(np.clip(float(action[3]) - self.grip, -0.02, 0.02))
+        motion = np.asarray(action[:-1], float)
+        self.commanded = self.commanded + motion if self._delta else motion
+        self.hand = self.hand + 0.5 * (self.commanded - self.hand)
+        self.grip += float(np.clip(float(action[-1]) - self.grip, -0.02, 0.02))
         return ({"state": self._state()},)
 
     def _state(self) -> np.ndarray:
@@ -303,7 +337,7 @@ class PointEnv:
     def observe(self) -> Any:
         """Return images that change with the hand."""
         image = np.zeros((24, 32, 3), np.uint8)
-        image[0, :4] = np.frombuffer(self.hand.astype(np.float32).tobytes(), np.uint8).reshape(4, 3)
+        image[0, :4] = np.frombuffer(self.hand[:3].astype(np.float32).tobytes(), np.uint8).reshape(4, 3)
         return SimpleNamespace(images={"corner": image, "wrist": image[::-1].copy()}, state=self._state())
 
     def warnings(self) -> dict[str, int]:
@@ -315,36 +349,42 @@ class PointEnv:
 
 
 class Circle:
-    """Move on a circle at a steady speed, from wherever the hand is; thinks for 30 ms, or as its order says."""
+    """Move on a circle at a steady speed, from wherever the arm is; thinks for 30 ms, or as its order says."""
 
-    def __init__(self, embodiment: Mapping[str, Any], bus: InjectBus, steps: int = 24) -> None:
-        self.dt, self.steps, self.bus = embodiment["action_dt"], steps, bus
+    def __init__(self, name: str, bus: InjectBus, steps: int = 24) -> None:
+        embodiment = ROBOTS[name]
+        self.dt, self.steps, self.bus, self.orbit = embodiment["action_dt"], steps, bus, ORBITS[name]
         self.name, self.delta = embodiment["name"], embodiment["action"][0]["mode"] == "delta"
 
-    def predict(self, history: Any, *, seed: int) -> Any:
+    def predict(self, history: Any, *, seed: int, **options: Any) -> Any:
         """Return a chunk, spoiled as the bus's order says."""
         time.sleep(0.03)
         fault = self.bus.order.get("predict") or {}
         now = history[-1]
-        motion = self._motion(np.array(now.state[:3], float), now.stamp, fault)
+        motion = self._motion(np.array(now.state[:-1], float), now.stamp, fault)
         values = np.column_stack([motion, np.full(self.steps, 0.5 + 0.4 * np.sign(np.sin(now.stamp)))])
         values = self._spoil(values, fault)
         return SimpleNamespace(values=values, stamp=now.stamp, action_dt=self.dt, embodiment=self.name)
 
     def _motion(self, hand: np.ndarray, stamp: float, fault: Mapping[str, Any]) -> np.ndarray:
-        if not self.delta:  # by time, so that chunks agree
-            angle = SPEED / RADIUS * (stamp + self.dt * (1 + np.arange(self.steps)))
-            return CENTER + RADIUS * np.column_stack([np.cos(angle), 0 * angle, np.sin(angle)])
+        orbit, step = self.orbit, self.orbit.speed * self.dt
         if "toward" in fault:  # straight on, into whatever is there
-            return np.tile(SPEED * self.dt * np.array(fault["toward"], float), (self.steps, 1))
+            direction = np.resize(np.array(fault["toward"], float), len(hand))
+            way = np.tile(step * direction, (self.steps, 1))
+            return way if self.delta else hand + np.cumsum(way, axis=0)
+        if not self.delta:  # by time, so that chunks agree
+            return orbit.at(orbit.speed / orbit.radius * (stamp + self.dt * (1 + np.arange(self.steps))))
         rows = []
+        i, j = orbit.axes
         for _ in range(self.steps):
-            radial = hand - CENTER
-            tangent = np.array([-radial[2], 0.0, radial[0]])
-            inward = (RADIUS / max(np.hypot(radial[0], radial[2]), 1e-3) - 1) * radial
-            inward[1] = -radial[1]
-            direction = tangent / max(float(np.linalg.norm(tangent)), 1e-3) + 8 * inward
-            rows.append(SPEED * self.dt * direction / np.linalg.norm(direction))
+            off = hand - orbit.center
+            direction = np.zeros(len(hand))
+            distance = max(float(np.hypot(off[i], off[j])), 1e-3)
+            direction[i], direction[j] = -off[j] / distance, off[i] / distance
+            back = -off
+            back[i], back[j] = (orbit.radius / distance - 1) * off[i], (orbit.radius / distance - 1) * off[j]
+            direction = direction + 8 * back
+            rows.append(step * direction / np.linalg.norm(direction))
             hand = hand + rows[-1]
         return np.array(rows)
 
@@ -358,11 +398,9 @@ class Circle:
         if "bad" in fault:
             values[fault["step"] % len(values), fault["dim"] % values.shape[1]] = float(fault["bad"])
         if "bang" in fault:
-            values[:, :3] *= np.where(np.arange(len(values)) % 2, 8.0, -8.0)[:, None] * fault["bang"]
+            values[:, :-1] *= np.where(np.arange(len(values)) % 2, 8.0, -8.0)[:, None] * fault["bang"]
         if "times" in fault:
-            values[:, :3] *= fault["times"]
-        if "short" in fault:
-            values = values[: fault["short"]]
+            values[:, :-1] *= fault["times"]
         if fault and "sleep" not in fault:
             self.bus.applied("predicted")
         return values
@@ -372,8 +410,7 @@ def run_twin(*, bus: Bus, robot: str, command_timeout: float = 0.1) -> Any:
     """Return the shipped twin node around a point."""
     from robot_io.nodes.twin import TwinNode
 
-    embodiment = ROBOTS[robot]
-    return TwinNode(bus, PointEnv(embodiment), embodiment, command_timeout)
+    return TwinNode(bus, PointEnv(robot), ROBOTS[robot], command_timeout, inject=True)
 
 
 def run_policy(*, bus: Bus, robot: str, hash: str = "0" * 64, changes: Mapping[str, Any] | None = None) -> Any:
@@ -387,16 +424,18 @@ def run_policy(*, bus: Bus, robot: str, hash: str = "0" * 64, changes: Mapping[s
         return SimpleNamespace(**dict(zip(names, values, strict=True)))
 
     timing: dict[str, Any] = {"slop": 0.033, "max_age": 0.15, "interval": 0.0}
-    rule: Any = Circle(embodiment, bus)  # pyright: ignore[reportArgumentType]
+    rule: Any = Circle(robot, bus)  # pyright: ignore[reportArgumentType]
     return PolicyNode(bus, rule, embodiment, hash, observation, n_obs_steps=2, seed=0, **timing)
 
 
-def run_guard(*, bus: Bus, config: Mapping[str, Any]) -> Any:
+def run_guard(*, bus: Bus, robot: str, config: Mapping[str, Any]) -> Any:
     """Return the shipped guard node."""
     from robot_io.core.guard import GuardConfig
     from robot_io.nodes.guard import GuardNode
 
-    return GuardNode(bus, GuardConfig(**config))
+    with contextlib.suppress(PermissionError):  # as the shipped guard does
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+    return GuardNode(bus, GuardConfig(**config), ROBOTS[robot], require_preflight=False)
 
 
 # --- the judge
@@ -430,17 +469,21 @@ class Reader:
         bus.timer(0.01, self._answer)
 
     def _subscribe(self) -> None:
-        from dataclasses import replace
-
         from robot_io.bus import COMMAND
+        from robot_io.live import COMMANDS
         from robot_io.nodes import topics as t
 
+        driver = self.robot.driver
         deep: dict[str, Any] = {"depth": 400}
         subscribe = self.bus.subscribe
-        subscribe(t.TARGET_POSE, m.POSE, replace(COMMAND, **deep), self._on_command)
-        subscribe(t.GRIPPER, m.JOINT_TRAJECTORY, replace(COMMAND, **deep), self._on_gripper)
-        subscribe(t.TOOL_POSE, m.POSE, replace(STATE, **deep), self._on_pose)
-        subscribe(t.EXECUTED, m.CARTESIAN_TRAJECTORY, replace(STATE, **deep), self._on_executed)
+        subscribe(driver.command_topic, COMMANDS[driver.command], replace(COMMAND, **deep), self._on_command)
+        subscribe(driver.gripper_topic, m.JOINT_TRAJECTORY, replace(COMMAND, **deep), self._on_gripper)
+        if driver.joints:
+            subscribe(driver.joints_topic, m.JOINT_STATE, replace(STATE, **deep), self._on_joints)
+        else:
+            subscribe(driver.pose_topic, m.POSE, replace(STATE, **deep), self._on_pose)
+        subscribe(t.EXECUTED, t.chunk_type(self.robot), replace(STATE, **deep), self._on_executed)
+        subscribe(t.POLICY_STATE, m.STRING, LATCHED, lambda x: self._keep(self.texts, f"policy: {x.data}"))
         subscribe(t.GUARD_STATE, m.STRING, LATCHED, self._on_state)
         subscribe(t.EPISODE_STATE, m.STRING, STATE, self._on_episode)
         subscribe(t.DIAGNOSTICS, m.DIAGNOSTICS, STATE, self._on_diagnostics)
@@ -460,12 +503,12 @@ class Reader:
             queue.popleft()
 
     def _on_command(self, message: Any) -> None:
-        from robot_io.live import EnvelopeReader
+        from robot_io.live import EnvelopeReader, command_of
 
         if message.header.frame_id == "rogue":
             return
         writer = message.sample_info.publication_handle
-        stamp, position = m.stamp_of(message), m.pose_from_ros(message)[0]
+        stamp, position = command_of(self.robot, message, time.time())
         if writer not in self._streams:
             self._streams[writer] = {"envelope": EnvelopeReader(self.robot.space, self.bounds), "last": None}
         stream = self._streams[writer]
@@ -481,9 +524,7 @@ class Reader:
             detail["speeds"] = [round(float(np.linalg.norm(b[1] - a[1]) / (b[0] - a[0])), 4) for a, b in pairwise(recent)]
             self._keep(self.details, detail)
         new = stream["last"] is None or stream["envelope"].gaps > gaps
-        speed = np.nan
-        if not new:
-            speed = float(np.linalg.norm(position - stream["last"][1]) / (stamp - stream["last"][0]))
+        speed = stream["envelope"].speed()
         self._on_stream(new, stream["last"], position)
         stream["last"] = (stamp, position, time.monotonic())
         self._keep(self.commands, writer, stamp, position, speed)
@@ -506,8 +547,12 @@ class Reader:
             self._keep(self.violations, "non_finite gripper")
 
     def _on_pose(self, message: Any) -> None:
-        position = m.pose_from_ros(message)[0]
-        self._keep(self.measured, position)
+        self._keep(self.measured, m.pose_from_ros(message)[0])
+
+    def _on_joints(self, message: Any) -> None:
+        with contextlib.suppress(ValueError, KeyError):  # names that are wrong on purpose
+            found = m.joints_from_ros(message)
+            self._keep(self.measured, np.array([found[name] for name in self.robot.driver.joints]))
 
     def _on_executed(self, message: Any) -> None:
         step = m.executed_from_ros(message)
@@ -624,8 +669,10 @@ def _still_since(measured: Sequence[tuple[float, np.ndarray]], t0: float) -> flo
 class Rogue:
     """A second commander on request: {"node": "rogue", "on": true, "send": "nothing" | "nan" | "poses"}."""
 
-    def __init__(self, bus: Any, name: str = "rogue") -> None:
-        self.bus, self._domain, self._name = bus, bus.domain_id, name
+    def __init__(self, bus: Any, robot: str) -> None:
+        from robot_io.core.limits import parse_robot
+
+        self.bus, self._domain, self._robot = bus, bus.domain_id, parse_robot(ROBOTS[robot])
         self._other: Any = None
         self._applied = bus.publisher(APPLIED, m.STRING, STATE)
         bus.subscribe(INJECT, m.STRING, STATE, self._on_order)
@@ -641,7 +688,7 @@ class Rogue:
 
     def _on_order(self, message: Any) -> None:
         from robot_io.bus import COMMAND
-        from robot_io.nodes.topics import TARGET_POSE
+        from robot_io.nodes.topics import command_type
 
         order = m.json_from_ros(message)
         if order["node"] != "rogue":
@@ -653,33 +700,40 @@ class Rogue:
         if order.get("on"):
             self._send_what = order["send"]
             self._other = open_bus("dds", "intruder", self._domain)
-            self._pose = self._other.publisher(TARGET_POSE, m.POSE, COMMAND)
+            self._pose = self._other.publisher(self._robot.driver.command_topic, command_type(self._robot), COMMAND)
         values = {"id": order["id"], "node": "rogue", "what": "order", "at": at}
         self._applied.publish(m.json_to_ros(self.bus.msg, values))
 
     def _send(self) -> None:
         if self._other is not None and self._send_what != "nothing":
-            position = CENTER if self._send_what == "poses" else [np.nan, 0.7, 0.3]
-            self._pose.publish(m.pose_to_ros(self.bus.msg, self.bus.now(), position, "rogue"))
+            x = ORBITS[self._robot.name].center.copy()
+            if self._send_what == "nan":
+                x[0] = np.nan
+            if self._robot.driver.joints:
+                message = m.joint_command_to_ros(self.bus.msg, self.bus.now(), self._robot.driver.joints, x, 0 * x, 0.01)
+                message.header.frame_id = "rogue"
+            else:
+                message = m.pose_to_ros(self.bus.msg, self.bus.now(), x, "rogue")
+            self._pose.publish(message)
 
 
 class Replayer:
     """Record chunks and play them back as they were: {"node": "replayer", "how": "duplicate" | "late" | "reorder"}."""
 
-    def __init__(self, bus: Any) -> None:
+    def __init__(self, bus: Any, robot: str) -> None:
         from robot_io.bus import COMMAND
+        from robot_io.core.limits import parse_robot
         from robot_io.nodes import topics as t
 
-        self.bus = bus
+        self.bus, motion = bus, t.chunk_type(parse_robot(ROBOTS[robot]))
         self._order: dict[str, Any] = {}
         self._kept: deque[Any] = deque(maxlen=60)  # (arrival, publisher, message)
         self._applied = bus.publisher(APPLIED, m.STRING, STATE)
-        for topic, type in ((t.CHUNK, m.CARTESIAN_TRAJECTORY), (t.CHUNK_GRIPPER, m.JOINT_TRAJECTORY)):
+        for topic, type in ((t.CHUNK, motion), (t.CHUNK_GRIPPER, m.JOINT_TRAJECTORY)):
             publisher = bus.publisher(topic, type, COMMAND)
             bus.subscribe(topic, type, COMMAND, lambda message, p=publisher: self._on_chunk(p, message))
         bus.subscribe(INJECT, m.STRING, STATE, self._on_order)
         bus.timer(0.03, self._send)
-        self._own: set[Any] = set()
 
     def stop(self) -> None:
         """Leave."""
