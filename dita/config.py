@@ -303,6 +303,10 @@ class LiveConfig:
     bus: Literal["dds", "rclpy"]
     domain_id: int  # as ROS_DOMAIN_ID
     real_time_factor: float  # below 1: slow motion for every process alike
+    discovery: Literal["LOCALHOST", "SUBNET"] | None  # None: as ROS_AUTOMATIC_DISCOVERY_RANGE, or LOCALHOST
+    peers: tuple[str, ...] | None  # other machines' addresses, with LOCALHOST; None: as ROS_STATIC_PEERS
+    interface: str  # network interface for several machines; empty: the one that is found
+    remap: tuple[str, ...]  # topics under other names, "/FROM:=/TO"
     tick_hz: float  # guard
     state_timeout: float  # guard: older measured state is a fault
     stream_timeout: float  # guard: no action for this long, hold

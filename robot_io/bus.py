@@ -274,6 +274,7 @@ def open_bus(
     peers: Optional[Sequence[str]] = None,
     interface: str = "",
     loss_permille: int = 0,
+    remap: Sequence[str] = (),
 ) -> Bus:
     """Join a graph as node `name`.
 
@@ -285,19 +286,21 @@ def open_bus(
         peers: addresses of the other machines, for unicast; None: ROS_STATIC_PEERS. Never together with SUBNET.
         interface: network interface by name, for several machines; empty: CycloneDDS chooses.
         loss_permille: tests only: of the packets that this process sends, so many are lost.
+        remap: topics under other names, "FROM:=TO" as ROS 2 has them.
     """
     if kind == "dds":
         from robot_io.bus_dds import DdsBus, network_of
 
-        return DdsBus(name, domain_id, Clock(rate), network_of(discovery, peers, interface, loss_permille))
+        return DdsBus(name, domain_id, Clock(rate), network_of(discovery, peers, interface, loss_permille), remap)
     if kind == "rclpy":
         from robot_io.bus_rclpy import RclpyBus
 
         if rate != 1.0:
             raise ValueError("the rclpy bus runs in real time only; leave the real-time factor at 1")
-        if discovery or peers or interface or loss_permille:
+        if discovery or peers or interface or loss_permille or remap:
             raise ValueError(
-                "the rclpy bus takes its network from ROS: set ROS_AUTOMATIC_DISCOVERY_RANGE and ROS_STATIC_PEERS"
+                "the rclpy bus takes its network from ROS: set ROS_AUTOMATIC_DISCOVERY_RANGE and ROS_STATIC_PEERS, and "
+                "remap with --ros-args -r FROM:=TO"
             )
         return RclpyBus(name, domain_id)
     raise ValueError(f"no bus {kind!r}; there are dds and rclpy")

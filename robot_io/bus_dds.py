@@ -60,6 +60,7 @@ LOOPBACK = (
     "<MaxMessageSize>65500B</MaxMessageSize><FragmentSize>63000B</FragmentSize>"
 )
 INDEX = "<ParticipantIndex>auto</ParticipantIndex><MaxAutoParticipantIndex>31</MaxAutoParticipantIndex>"
+REMAP = re.compile(r"/[\w/]+:=/[\w/]+")
 RANGES = ("LOCALHOST", "SUBNET")
 ADDRESS = re.compile(r"[0-9A-Za-z.:%_-]+")
 LOSS = "DITA_TEST_LOSS_PERMILLE"  # tests only: of the packets that this process sends, so many are lost
@@ -269,12 +270,23 @@ class _Subscription:
 class DdsBus:
     """A node on CycloneDDS. Implements `robot_io.bus.Bus`."""
 
-    def __init__(self, name: str, domain_id: int, clock: Optional[Clock] = None, network: Optional[str] = None) -> None:
-        """Join the graph; `network` is from `network_of`.
+    def __init__(
+        self,
+        name: str,
+        domain_id: int,
+        clock: Optional[Clock] = None,
+        network: Optional[str] = None,
+        remap: Sequence[str] = (),
+    ) -> None:
+        """Join the graph; `network` is from `network_of`, `remap` has "/FROM:=/TO".
 
         Raises:
-            ValueError: this process is on that domain already, with another network.
+            ValueError: this process is on that domain already, with another network; a remap that is none.
         """
+        wrong = [text for text in remap if not REMAP.fullmatch(text)]
+        if wrong:
+            raise ValueError(f"a topic is remapped by /FROM:=/TO, got {', '.join(wrong)}")
+        self._remap = {before: after for before, after in (text.split(":=") for text in remap)}
         network = network or network_of()
         if domain_id not in _domains:
             _domains[domain_id] = (Domain(domain_id, network), network)
@@ -421,7 +433,7 @@ class DdsBus:
         if key not in self._topics:
             if not name.startswith("/"):
                 raise ValueError(f"topic names are absolute here: /{name}, got {name}")
-            self._topics[key] = Topic(self._participant, f"rt{name}", _struct(type))
+            self._topics[key] = Topic(self._participant, f"rt{self._remap.get(name, name)}", _struct(type))
         return self._topics[key]
 
     def _poll(self) -> None:
@@ -458,7 +470,8 @@ class DdsBus:
         return next((q.name for q in found.qos if q.__scope__ == "EntityName"), str(participant)) if found else "?"
 
     def _endpoints(self, directory: "_Directory", topic: str) -> List[Writer]:
-        found = [e for e in directory.alive().values() if e.topic_name == f"rt{topic}"]
+        name = f"rt{self._remap.get(topic, topic)}"
+        found = [e for e in directory.alive().values() if e.topic_name == name]
         return [
             Writer(self._node_of(e.participant_key), _ros_type(e.type_name), _from_dds_qos(e.qos), _type_hash(e.qos))
             for e in found

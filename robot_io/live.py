@@ -472,7 +472,13 @@ def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
 
 
 def _bus_arguments(config: "LiveConfig") -> Dict[str, Any]:
-    return {"kind": config.bus, "domain_id": config.domain_id, "rate": config.real_time_factor}
+    network = {
+        "discovery": config.discovery,
+        "peers": None if config.peers is None else list(config.peers),
+        "interface": config.interface,
+        "remap": list(config.remap),
+    }
+    return {"kind": config.bus, "domain_id": config.domain_id, "rate": config.real_time_factor, **network}
 
 
 def live(

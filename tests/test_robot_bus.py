@@ -556,6 +556,19 @@ def test_one_domain_has_one_network_per_process():
         open_bus("rclpy", "other", DOMAIN + 1, peers=["10.0.0.5"])
 
 
+def test_a_dds_node_hears_and_watches_a_remapped_topic_under_its_other_name():
+    arm, node = DdsBus("arm", DOMAIN), open_bus("dds", "node", DOMAIN, remap=["/tool_pose:=/left/tool_pose"])
+    heard = []
+    node.subscribe("/tool_pose", m.BOOL, LATCHED, lambda x: heard.append(x.data))
+    arm.publisher("/left/tool_pose", m.BOOL, LATCHED).publish(message(m.BOOL, data=True))
+    until(node, lambda: heard == [True])
+    assert [w.node for w in node.writers("/tool_pose")] == ["arm"]
+    node.close()
+    arm.close()
+    with pytest.raises(ValueError, match="a topic is remapped by /FROM:=/TO, got tool_pose:=/x"):
+        open_bus("dds", "node", DOMAIN, remap=["tool_pose:=/x"])
+
+
 LOSSY = """
 bus = open("dds", "lossy", domain + 2, peers=[], loss_permille=int(kind))
 weak = Qos(reliable=False, latched=False, depth=1000, lease_s=None)

@@ -33,6 +33,7 @@ from robot_io.nodes.topics import (
     DIAGNOSTICS,
     EXECUTED,
     GUARD_STATE,
+    HEARTBEAT,
     PREFLIGHT,
     SPEED,
     TAKEOVER,
@@ -151,6 +152,7 @@ class GuardNode:
         self._preflight: Dict[str, Any] = {}  # the newest verdict
         self._problems: Dict[str, str] = {}  # what keeps it from arming, by topic
         self._mismatches: List[str] = []
+        self._said: Dict[str, float] = {}  # error -> when it was logged
         self._strangers: Tuple[str, ...] = ()  # names of joint states that hold none of ours
         self._gripper: Optional[float] = None  # measured
         self._orientation = np.array(m.IDENTITY)  # measured; kept where the action has no rotation
@@ -186,6 +188,7 @@ class GuardNode:
         self._subscribe(PREFLIGHT, m.STRING, LATCHED, self._on_preflight)
         self._subscribe(driver.mode_topic, m.STRING, LATCHED, self._on_mode)
         self._subscribe(ARM, m.BOOL, STATE, self._on_arm)
+        self._subscribe(HEARTBEAT, m.STRING, STATE, self._on_heartbeat)
         self._subscribe(TAKEOVER, m.STRING, STATE, self._on_takeover)
         self._subscribe(SPEED, m.FLOAT, STATE, self._on_speed)
         self._subscribe(APPROVAL, m.BOOL, STATE, self._on_approval)
@@ -210,9 +213,16 @@ class GuardNode:
                 callback(message)
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 self.guard.on_problem(f"message refused on {topic}", "R0", self.bus.now())
-                self.bus.log("error", f"message refused on {topic}: {type_of(e)}{e}")
+                self._say(f"message refused on {topic}: {type_of(e)}{e}")
 
         self.bus.subscribe(topic, type, qos, checked)
+
+    def _say(self, text: str) -> None:
+        """Log an error, the same one once a second at most: a stream of bad messages must not fill the disk."""
+        now = self.bus.steady()
+        if now >= self._said.get(text, -np.inf) + 1.0:
+            self._said = {**{t: at for t, at in self._said.items() if now < at + 1.0}, text: now}
+            self.bus.log("error", text)
 
     # ---- who may arm
 
@@ -371,8 +381,8 @@ class GuardNode:
         self._wall += periods * self.config.tick
         skew = (self.bus.now() - self._wall) - (steady - self._steady)
         if abs(skew) > self.config.max_skew:
-            guard.fault(f"the wall clock jumped by {skew:.3f} s", self.bus.now())
             self._wall += skew
+            guard.on_clock_jump(skew, self._wall)
         self._wall += 0.01 * skew  # follow a clock that is being slewed, without a step in the stamps
         self._send(self._wall, periods)
         self.timing.end(self.bus.steady())
@@ -475,14 +485,18 @@ class GuardNode:
         self._show()
 
     def _on_mismatch(self, text: str) -> None:
-        self._mismatches.append(text)
-        self.bus.log("error", text)
+        if text not in self._mismatches:
+            self._mismatches.append(text)
+        self._say(text)
         self._diagnose()
 
     # ---- what it hears
 
     def _on_pose(self, message: Any) -> None:
-        position, self._orientation = m.pose_from_ros(message)
+        position, orientation = m.pose_from_ros(message)
+        if not abs(np.linalg.norm(orientation) - 1) < 1e-3:
+            raise ValueError(f"the orientation {orientation.tolist()} is not a unit quaternion (wxyz)")
+        self._orientation = orientation
         x = np.concatenate([position, self._orientation]) if self.robot.space.rotation else position
         self.guard.on_state(m.stamp_of(message), x, self._gripper)
         self._show()
@@ -572,6 +586,9 @@ class GuardNode:
 
         return on_liveliness
 
+    def _on_heartbeat(self, message: Any) -> None:
+        self.guard.on_heartbeat(str(message.data), self.bus.now())
+
     def _on_takeover(self, message: Any) -> None:
         active = m.json_from_ros(message)["active"]
         if not isinstance(active, bool):
@@ -630,18 +647,26 @@ def run(
     """
     load_robot(embodiment)  # before anybody joins the graph
     config = GuardConfig(tick=1.0 / tick_hz, **limits)
-    with contextlib.suppress(PermissionError):  # real-time priority, as ros2_control asks for; not everybody may
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+    _take_priority()
     serve(GuardNode(open_bus(name="guard", **bus), config, embodiment, require_preflight=require_preflight))
 
 
-def ros2_guard() -> None:
-    """Run the guard as a ROS 2 lifecycle node (`ros2 run robot_io guard`); its knobs are node parameters."""
-    bus = open_bus("rclpy", "guard", int(os.environ.get("ROS_DOMAIN_ID", "0")))
+def from_parameters(bus: Bus) -> GuardNode:
+    """Make the guard of a ROS 2 node's parameters: `embodiment`, `tick_hz`, `require_preflight` and `GuardConfig`'s.
+
+    Raises:
+        ValueError: parameters that make no sense, or no embodiment.
+    """
     knobs = [f for f in dataclasses.fields(GuardConfig) if f.name != "tick" and f.default is dataclasses.MISSING]
     values = {field.name: bus.param(field.name, 0.0) for field in knobs}
     tick_hz, embodiment = bus.param("tick_hz", 0.0), bus.param("embodiment", "")
     if not tick_hz > 0 or not embodiment:
-        raise ValueError("guard: set its parameters (embodiment, tick_hz, ...), as launch/dita.launch.py does")
+        raise ValueError("set its parameters (embodiment, tick_hz, ...), as launch/dita.launch.py does")
     config = GuardConfig(tick=1.0 / tick_hz, **values)
-    serve(GuardNode(bus, config, embodiment, require_preflight=bus.param("require_preflight", True)))
+    _take_priority()
+    return GuardNode(bus, config, embodiment, require_preflight=bus.param("require_preflight", True))
+
+
+def _take_priority() -> None:
+    with contextlib.suppress(PermissionError):  # real-time priority, as ros2_control asks for; not everybody may
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
