@@ -316,6 +316,9 @@ class LiveConfig:
     guard_embodiment: str | None  # guard: its own file or a shipped name; None: that of env
     require_preflight: bool  # guard: refuse to arm until the preflight passed; `live`, in simulation, does not ask
     command_timeout: float  # twin: the driver's
+    driver_hz: float  # twin: of arm and states, where the environment can follow commands between control steps
+    inject: bool  # twin: have faults on request
+    expert: bool  # twin: publish the environment's expert as a teleoperator
     slop: float  # policy: spread of the stamps in one observation
     max_age: float  # policy: oldest observation to act on
     replan_interval: float  # policy: least time between two observations to plan from; 0: as fast as it can

@@ -420,7 +420,10 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
             "embodiment": _guards_file(config),
             "require_preflight": config.require_preflight,
         },
-        "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
+        "twin": {
+            "env": asdict(config.env),
+            **{name: getattr(config, name) for name in ("command_timeout", "seed", "driver_hz", "inject", "expert")},
+        },
         "policy": {
             "checkpoint": config.checkpoint,
             "embodiment": config.env.embodiment,
