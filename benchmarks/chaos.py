@@ -34,10 +34,11 @@ import numpy as np
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.chaos_nodes import APPLIED, INJECT
+from benchmarks.chaos_nodes import APPLIED, INJECT, ROBOTS
 from robot_io import messages as m
 from robot_io.bus import LATCHED, STATE, open_bus
 from robot_io.core.guard import UNSAFE_FLAG, GuardConfig
+from robot_io.core.limits import parse_robot
 from robot_io.live import CHILD_ENV
 from robot_io.nodes import topics as t
 
@@ -50,6 +51,7 @@ ENOUGH = 300  # repetitions for a p99
 TICK_BOUND = (
     0.03  # a fault in the message itself: one tick at the guard, plus the wire both ways and a command's period
 )
+GONE = "policy is gone|no action|no sign of life"
 CHUNK_S = 0.3  # of the rule's chunks
 TRIES = 4  # of a repetition whose arm did not move steadily before the fault: a busy machine
 IMAGES = [t.image_topic(name) for name in ("corner", "wrist")]
@@ -86,7 +88,9 @@ class Rig:
         self.bus.subscribe(t.GUARD_STATE, m.STRING, LATCHED, self._on_guard)
         self.bus.subscribe(t.EPISODE_STATE, m.STRING, STATE, self._on_episode)
         self.bus.subscribe(APPLIED, m.STRING, STATE, lambda message: self.applied.append(m.json_from_ros(message)))
-        self._extra: dict[str, Any] = {}
+        self.steps = 0  # that the guard has executed
+        kind = t.chunk_type(parse_robot(ROBOTS[robot]))
+        self.bus.subscribe(t.EXECUTED, kind, STATE, lambda _: setattr(self, "steps", self.steps + 1))
         for name in ("reader", "twin", "policy", "guard"):
             self.start(name)
         self._number = 0
@@ -231,6 +235,8 @@ class Rig:
         """
         for _ in range(8):
             self.armed()
+            first = self.steps
+            self.until(lambda: self.steps > first + 8 or self.state != "ARMED", 20.0, "steps")  # noqa: B023
             begin = time.monotonic()
             while self.state == "ARMED" and time.monotonic() - begin < seconds:
                 self.bus.spin(0.005)
@@ -269,6 +275,7 @@ class Expect:
     state: Sequence[str] = ("HOLDING", "FAULT")  # one of which was entered, for a stop
     after_queue: bool = False  # the condition is true when the last valid action is over, not at the injection
     problems: Sequence[str] = ()  # that the row itself found
+    silent: bool = False  # the guard must not brake but say no more: the arm stops by itself
     frozen: float | None = None  # bound of the measured standstill, where nobody commands any more [s]
     honest: bool = True  # the state on the wire is the arm's, so that it must stay inside the workspace
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -487,7 +494,7 @@ def a14(trial: Trial) -> Expect:
     rig.start("guard")
     rig.start("policy", hash="e" * 64, changes=trial.variant)
     rig.spin(3.0)
-    problems = trial.refused("embodiment|differs|contract|camera|name", 3.0)
+    problems = trial.refused("another robot than point: (name|action_dt|cameras)", 3.0)
     rig.end("policy")
     rig.end("guard")
     rig.start("guard")
@@ -500,7 +507,7 @@ def a15(trial: Trial) -> Expect:
     t0 = trial.rig.kill("policy", signal.SIGKILL)
     trial.faulted(2.5)
     trial.rig.start("policy")
-    return Expect(t0, "policy is gone|no action", state=("FAULT",))
+    return Expect(t0, GONE, state=("FAULT",))
 
 
 def a16(trial: Trial) -> Expect:
@@ -509,10 +516,10 @@ def a16(trial: Trial) -> Expect:
         t0 = trial.rig.kill("policy", signal.SIGSTOP)
         trial.faulted(2.5)
         trial.rig.kill("policy", signal.SIGCONT)
-        return Expect(t0, "policy is gone|no action", state=("FAULT",))
+        return Expect(t0, GONE, state=("FAULT",))
     t0 = trial.rig.inject("policy", when="hang", hang=2.2)
     trial.faulted(2.5)
-    return Expect(t0, "policy is gone|no action", state=("FAULT",), after_queue=True)
+    return Expect(t0, GONE, state=("FAULT",), after_queue=True)
 
 
 def a17(trial: Trial) -> Expect:
@@ -547,12 +554,12 @@ def a19(trial: Trial) -> Expect:
     trial.faulted(3.0)
     rig.spin(1.5)
     problems = [] if rig.state == "FAULT" else [f"it moves again without being armed: {rig.state}"]
-    names = "policy is gone|no action"
+    names = GONE
     if trial.variant == "same":
         rig.armed()
         rig.spin(0.5)
     else:
-        names = f"{names}|contract"
+        names = f"{GONE}|contract"
         problems += trial.refused("contract", 4.0)
         rig.end("guard")
         rig.end("policy")
@@ -591,7 +598,7 @@ def a23(trial: Trial) -> Expect:
     """The policy drives into a wall of the workspace."""
     t0 = trial.rig.inject("policy", when="predict", predict={"toward": trial.variant})
     trial.rig.spin(2.2)
-    return Expect(t0, "workspace", stop=None, extra={"wall": True})
+    return Expect(t0, "clamped|outside", stop=None)
 
 
 def a25(trial: Trial) -> Expect:
@@ -620,9 +627,16 @@ def a25(trial: Trial) -> Expect:
         rig.end(node)
         rig.start(node)
         rig.spin(1.0)
-    names = {"guard": "stopped|disarmed|IDLE|injected|raised", "policy": "policy is gone|no action|injected"}[node]
+    names = {"guard": "stopped|disarmed|IDLE|injected|raised", "policy": f"{GONE}|injected"}[node]
     states = ("IDLE", "HOLDING", "FAULT")
-    return Expect(t0, names, state=states, after_queue=node == "policy", problems=problems, extra={"gone_s": time.monotonic() - begin})
+    return Expect(
+        t0,
+        names,
+        state=states,
+        after_queue=node == "policy",
+        problems=problems,
+        extra={"gone_s": time.monotonic() - begin},
+    )
 
 
 def a26(trial: Trial) -> Expect:
@@ -640,7 +654,7 @@ def a26(trial: Trial) -> Expect:
     rig.spin(float(trial.rng.uniform(0.05, 0.3)))
     back = rig.kill("guard", signal.SIGCONT)
     trial.stopped(1.0, 0.4)
-    return Expect(back, "overrun|old|no action|clock|policy is gone", stop=None)
+    return Expect(back, "overrun|old|no action|clock|policy is gone|no sign of life", stop=None)
 
 
 def restart(trial: Trial) -> Expect:
@@ -676,9 +690,7 @@ def partition(trial: Trial) -> Expect:
     trial.rig.spin(0.5)
     problems = [] if trial.rig.state == "FAULT" else [f"{trial.rig.state} without being armed"]
     after = back_in_motion(trial, t0, begin)
-    return Expect(
-        t0, "policy is gone|no action", state=("FAULT",), problems=[*problems, *after.problems], extra=after.extra
-    )
+    return Expect(t0, GONE, state=("FAULT",), problems=[*problems, *after.problems], extra=after.extra)
 
 
 def late_joiner(trial: Trial) -> Expect:
@@ -725,7 +737,7 @@ def a24(trial: Trial) -> Expect:
     rig.driver(off=True)
     rig.spin(0.5)
     problems = [] if rig.state == "FAULT" else [f"{rig.state} after the release"]
-    return Expect(t0, trial.variant, bound=TICK_BOUND + 0.0125, state=("FAULT",), problems=problems)
+    return Expect(t0, trial.variant, bound=TICK_BOUND + 0.0125, state=("FAULT",), silent=True, problems=problems)
 
 
 WALLS = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0.6, 0.6, -0.5))
@@ -802,12 +814,14 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
     state = verdict["state"]
     if expect.stop is False and (state is not None or decel is not None):
         problems.append(f"stopped without need: {state}")
+    if expect.silent:
+        decel, still = verdict["ended_s"], None
     if expect.stop:
         if decel is None:
             problems.append("no deceleration")
         elif decel > expect.bound:
             problems.append(f"deceleration after {1e3 * decel:.0f} ms")
-        if still is None or still - verdict["decel_s"] > STAND:
+        if not expect.silent and (still is None or still - verdict["decel_s"] > STAND):
             problems.append(
                 "no standstill" if still is None else f"standstill {still - verdict['decel_s']:.2f} s later"
             )
@@ -815,17 +829,15 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
             problems.append(f"never {' or '.join(expect.state)}: {verdict['states']}")
     if expect.frozen is not None and (verdict["measured_still_s"] or 0.0) > expect.frozen:
         problems.append(f"the arm moved for {verdict['measured_still_s']:.3f} s")
-    if expect.extra.get("wall") and verdict["wall_m"] < 0.01:
-        problems.append(f"{verdict['wall_m']:.3f} m from the wall")
     named = verdict["named"]["s"] if expect.names and verdict["named"] else None
     if expect.names and (named is None or named > NAMED):
         problems.append("not named" if named is None else f"named after {named:.2f} s")
     return {
         "ok": not problems, "problems": problems, "stop": expect.stop, "bound_s": expect.bound,
         "decel_s": decel if expect.stop is not False else None,
-        "decel_from_injection_s": verdict["decel_s"],
+        "decel_from_injection_s": verdict["ended_s" if expect.silent else "decel_s"],
         "stand_s": None if still is None or verdict["decel_s"] is None else still - verdict["decel_s"],
-        "state_s": state["s"] if state else None, "state": state,
+        "speeds": verdict["speeds"] if problems else None, "state_s": state["s"] if state else None, "state": state,
         "named_s": named, "must_name": bool(expect.names),
         "text": verdict["named"]["text"] if expect.names and verdict["named"] else None,
         "commands": verdict["commands"], "details": verdict["details"], "violations": verdict["violations"], "non_finite": verdict["non_finite"],
@@ -850,7 +862,7 @@ def repetition(row: Row, rig: Rig, k: int, seed: int) -> dict[str, Any]:
         trial = Trial(rig, variant, rng, since)
         expect = row.run(trial)
         verdict = rig.verdict(since, expect.t0, expect.names or "$^")
-        steady = rig.loss > 50 or verdict["speed"] is not None and verdict["speed"] > 0.1
+        steady = rig.loss > 50 or (verdict["speed"] or 0.0) > 0.1
         rig.clear()
         if steady or attempt == TRIES - 1:
             break

@@ -521,7 +521,9 @@ class Reader:
             self._keep(self.violations, what)
             recent = stream["envelope"].recent()
             detail = {"what": what, "dt_ms": [round(1e3 * float(b[0] - a[0]), 3) for a, b in pairwise(recent)]}
-            detail["speeds"] = [round(float(np.linalg.norm(b[1] - a[1]) / (b[0] - a[0])), 4) for a, b in pairwise(recent)]
+            detail["speeds"] = [
+                round(float(np.linalg.norm(b[1] - a[1]) / (b[0] - a[0])), 4) for a, b in pairwise(recent)
+            ]
             self._keep(self.details, detail)
         new = stream["last"] is None or stream["envelope"].gaps > gaps
         speed = stream["envelope"].speed()
@@ -609,7 +611,7 @@ class Reader:
             "named": None if not named else {"s": max(0.0, named[0][0] - t0), "text": named[0][1][:300]},
             "executed": len(chunks),
             "executed_back": sum(b < a for a, b in pairwise(chunks)),
-            "wall_m": min((float(np.min(np.minimum(p - low, high - p))) for *_, p, _ in commands), default=1.0),
+            "speeds": [round(c[4], 4) for c in commands if c[0] > t0 and np.isfinite(c[4])][:30],
         }
 
     def _stop(self, commands: Sequence[Any], t0: float) -> dict[str, Any]:
@@ -710,7 +712,9 @@ class Rogue:
             if self._send_what == "nan":
                 x[0] = np.nan
             if self._robot.driver.joints:
-                message = m.joint_command_to_ros(self.bus.msg, self.bus.now(), self._robot.driver.joints, x, 0 * x, 0.01)
+                message = m.joint_command_to_ros(
+                    self.bus.msg, self.bus.now(), self._robot.driver.joints, x, 0 * x, 0.01
+                )
                 message.header.frame_id = "rogue"
             else:
                 message = m.pose_to_ros(self.bus.msg, self.bus.now(), x, "rogue")
