@@ -152,11 +152,11 @@ class Change:
         """Send the message as the change wants it."""
         values = self.values
         self.count += 1
-        if values.get("drop") or (values.get("keep") and self.count % values["keep"]):
-            applied()
-            return
         if values.get("count") is not None and self.count > values["count"]:
             send(message)
+            return
+        if values.get("drop") or (values.get("keep") and self.count % values["keep"]):
+            applied()
             return
         if values.get("every") and self.count % values["every"]:
             send(message)
