@@ -148,6 +148,8 @@ class Rig:
             process.kill()
         if process is not None:
             process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
 
     def close(self) -> None:
         """End everything."""
