@@ -614,6 +614,29 @@ def test_a_source_that_no_longer_gives_signs_of_life_is_held_although_its_chunk_
     assert rig.said["state"] == "HOLDING" and "no sign of life from policy" in rig.said["reason"]
 
 
+def test_a_policy_that_must_not_act_is_held_and_says_why():
+    def state(rig, ok, reason="", reaction=""):
+        values = {"ok": ok, "reason": reason, "reaction": reaction}
+        rig.bus.send(topics.POLICY_STATE, m.json_to_ros(message, values))
+        return rig.said
+
+    rig = Rig(joint_arm())
+    rig.arm()
+    rig.run(0.05)
+    assert state(rig, True)["state"] == "ARMED"
+    said = state(rig, False, "camera corner repeats its picture", "R2")
+    assert (said["state"], said["reason"]) == ("HOLDING", "policy: camera corner repeats its picture")
+    assert state(rig, False, "corner is 0.5 s in the future", "R3")["state"] == "FAULT"
+    rig.run(0.3)
+    assert "policy: corner is 0.5 s in the future" in rig.arm()["refused"]
+    state(rig, True)
+    assert rig.arm()["state"] == "ARMED"
+    rig.bus.send(topics.TAKEOVER, m.json_to_ros(message, {"active": True}))
+    assert state(rig, False, "no instruction", "R2")["state"] == "ARMED", "a human drives"
+    state(rig, False, "no reaction")
+    assert any("ok, reason and reaction" in text for _, text in rig.bus.logged)
+
+
 def test_qos_mismatches_are_said_in_log_and_diagnostics():
     rig = Rig(joint_arm())
     rig.bus.mismatch("QoS mismatch on /joint_states (reliability): driver offers best effort")

@@ -34,6 +34,7 @@ from robot_io.nodes.topics import (
     EXECUTED,
     GUARD_STATE,
     HEARTBEAT,
+    POLICY_STATE,
     PREFLIGHT,
     SPEED,
     TAKEOVER,
@@ -189,6 +190,7 @@ class GuardNode:
         self._subscribe(driver.mode_topic, m.STRING, LATCHED, self._on_mode)
         self._subscribe(ARM, m.BOOL, STATE, self._on_arm)
         self._subscribe(HEARTBEAT, m.STRING, STATE, self._on_heartbeat)
+        self._subscribe(POLICY_STATE, m.STRING, LATCHED, self._on_policy_state)
         self._subscribe(TAKEOVER, m.STRING, STATE, self._on_takeover)
         self._subscribe(SPEED, m.FLOAT, STATE, self._on_speed)
         self._subscribe(APPROVAL, m.BOOL, STATE, self._on_approval)
@@ -580,6 +582,8 @@ class GuardNode:
 
     def _liveliness(self, source: str) -> Callable[[int], None]:
         def on_liveliness(alive: int) -> None:
+            if alive == 0 and source == "policy":
+                self._problems.pop(POLICY_STATE, None)  # what it said last no longer counts
             if alive == 0 and self.guard.active == source:
                 self.guard.hold(f"the {'policy' if source == 'policy' else 'teleoperator'} is gone", self.bus.now())
                 self._show()
@@ -588,6 +592,19 @@ class GuardNode:
 
     def _on_heartbeat(self, message: Any) -> None:
         self.guard.on_heartbeat(str(message.data), self.bus.now())
+
+    def _on_policy_state(self, message: Any) -> None:
+        """Hold, or fault, when the policy says why it must not act; a clock that differs also refuses to arm."""
+        values = m.json_from_ros(message)
+        ok, reason, reaction = values["ok"], f"policy: {values['reason']}", values["reaction"]
+        if not isinstance(ok, bool) or (not ok and reaction not in ("R2", "R3")):
+            raise ValueError(f"a policy's state has ok, reason and reaction (R2 or R3), got {values}")
+        self._problems.pop(POLICY_STATE, None)
+        if not ok and reaction == "R3":
+            self._problems[POLICY_STATE] = reason
+        if not ok and self.guard.active == "policy":
+            self.guard.on_problem(reason, reaction, self.bus.now())
+        self._show()
 
     def _on_takeover(self, message: Any) -> None:
         active = m.json_from_ros(message)["active"]

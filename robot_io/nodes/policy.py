@@ -132,9 +132,9 @@ class PolicyNode:
         self._contract.publish(
             m.json_to_ros(bus.msg, {"embodiment": dict(embodiment), "hash": contract_hash, "policy": about})
         )
-        bus.timer(CHECK_S, self._check)
         heartbeat = bus.publisher(HEARTBEAT, m.STRING, STATE)
         bus.timer(HEARTBEAT_S, lambda: heartbeat.publish(bus.msg(m.STRING, data="policy")))
+        bus.timer(CHECK_S, self._check)
         bus.timer(1.0, self._diagnose)
         self._loop.start()
 
