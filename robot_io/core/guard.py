@@ -257,7 +257,8 @@ class Guard:
             waits = "none waits" if chunk is None else f"chunk {chunk.id} waits"
             raise ValueError(f"guard: chunk {chunk_id} does not wait for approval; {waits}")
         self.pending = None
-        reason = self._accept(dataclasses.replace(chunk, stamp=now), now)
+        first = now + 2 * self.config.tick  # the next tick's command is for the one after it
+        reason = self._accept(dataclasses.replace(chunk, stamp=first), now)
         if reason is not None:
             raise ValueError(f"guard: chunk {chunk_id} was not executed: {reason}")
 
@@ -479,7 +480,7 @@ class Guard:
         if self._tool_speed(motion) > TOOL_SHARE * (self.robot.limits.max_speed or math.inf):
             self._count("R1", "tool speed limited")
             return None
-        for share in (0.5, 1.0):
+        for share in (0.5, 1.0) if self.robot.kinematics is not None or self.robot.limits.keep_out else ():
             near = self._obstacle(self.tracker.stop(motion, share))
             if near is not None:
                 self.hold(f"would come too near: {near}", time)
