@@ -23,7 +23,7 @@ from robot_io.nodes.topics import (
     command_type,
     image_topic,
 )
-from robot_io.nodes.twin import TwinNode
+from robot_io.nodes.twin import EXPERT_STEPS, TwinNode
 
 FRONT, WRIST = image_topic("front"), image_topic("wrist")
 JOINT_NAMES = ["a", "b", "finger"]
@@ -465,7 +465,7 @@ def test_the_expert_demonstrates_as_a_teleoperator_does(mode):
             assert m.chunk_id_of(gripper) == m.chunk_id_of(chunks[-1]) > 0
             quantity = "velocities" if mode == "delta" else "positions"
             dt, values = m.joint_chunk_from_ros(chunks[-1], quantity, arm.robot.driver.joints)
-            assert dt == pytest.approx(0.0125) and values.shape == (1, 3)
+            assert dt == pytest.approx(0.0125) and values.shape == (EXPERT_STEPS, 3)
             step = values[0] if mode == "delta" else np.clip(values[0] - goal, -0.01, 0.01)
             goal = goal + step
             done = m.ExecutedStep(m.stamp_of(chunks[-1]), 1, 0, arm.bus.now(), goal, step, "teleop")

@@ -186,6 +186,7 @@ class RobosuiteEnv(RobotEnv):
         count = round(seconds / SUBSTEP)
         self._goal = np.array(goal, float)
         action = np.zeros(self._env.action_dim)
+        self._arm.new_update = self._fingers.new_update = True  # or they would use what they saw at the reset
         self._set_goals(gripper, count * SUBSTEP / GRIPPER_STEP)
         for _ in range(count):
             self._env._pre_action(action, policy_step=False)

@@ -32,6 +32,7 @@ from robot_io.nodes.topics import (
 )
 
 MAX_CATCH_UP = 20  # steps it may be late before simulated time slips
+EXPERT_STEPS = 8  # of its chunks: a late one must not leave the guard without an action
 JUMP = (
     2.0  # a command may move this many times as fast as the action's own limit; the rest is clipped, as a driver does
 )
@@ -331,7 +332,7 @@ class TwinNode:
         self._state.publish(m.json_to_ros(self.bus.msg, {**self._episode, **values}))
 
     def _demonstrate(self, stamp: float) -> None:
-        """Publish what the expert would do from here, as a chunk of one step.
+        """Publish what the expert would do from here, EXPERT_STEPS times: the next chunk replaces all but the first.
 
         A delta adds to the guard's own last goal, which is ahead of the arm: the expert is told of it.
         """
@@ -343,7 +344,8 @@ class TwinNode:
         else:
             action = self.env.expert_action()
         self._chunks += 1
-        motion, delta = robot.motion_of(np.asarray(action, float)[None]), robot.motion.mode == "delta"
+        action = np.tile(np.asarray(action, float), (EXPERT_STEPS, 1))
+        motion, delta = robot.motion_of(action), robot.motion.mode == "delta"
         if robot.space.name == "joint":
             quantity = "velocities" if delta else "positions"
             chunk = m.joint_chunk_to_ros(msg, stamp, dt, robot.driver.joints, motion, quantity, self._chunks)
@@ -352,7 +354,7 @@ class TwinNode:
             chunk = m.cartesian_chunk_to_ros(msg, stamp, dt, name, BASE_FRAME, motion, delta, self._chunks)
         chunks = [chunk]
         if robot.gripper is not None:
-            value = np.asarray(action[robot.action_slice(robot.gripper)], float)[None]
+            value = action[:, robot.action_slice(robot.gripper)]
             quantity = gripper_quantity(robot.gripper)
             chunks.append(m.joint_chunk_to_ros(msg, stamp, dt, [robot.gripper.name], value, quantity, self._chunks))
         for publisher, message in zip(self._teleop, chunks, strict=True):
