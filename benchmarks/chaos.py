@@ -108,7 +108,8 @@ class Rig:
         return self.guard.get("state", "")
 
     def start(self, name: str, **changes: Any) -> None:
-        """Start a process of the rig, again if it has ended."""
+        """Start a process of the rig, in place of the one that is there."""
+        self.end(name)
         arguments: dict[str, Any] = {"domain_id": self.domain_id, **changes}
         role = name.split("_")[0]
         arguments["robot"] = self.robot
