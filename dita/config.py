@@ -268,6 +268,7 @@ class EvalConfig:
     videos: int  # episodes per task written as mp4
     device: str
     threads: int
+    guard: bool  # the robot's guard between policy and simulator, without latency
 
     def __post_init__(self) -> None:
         _require_positive(self, "eval", "episodes", "n_envs", "batch_size")

@@ -17,14 +17,15 @@ from collections import Counter, deque
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from robot_io import messages as m
 from robot_io.bus import COMMAND, LATCHED, STATE, Bus, open_bus
 from robot_io.core.diagnostics import Running
-from robot_io.core.limits import Limits, Robot, parse_robot
+from robot_io.core.limits import Bounds, Robot, parse_robot
+from robot_io.core.space import Space
 from robot_io.nodes import NODES, entry
 from robot_io.nodes.guard import load_robot
 from robot_io.nodes.topics import (
@@ -36,7 +37,6 @@ from robot_io.nodes.topics import (
     EPISODE_STATE,
     EXECUTED,
     GUARD_STATE,
-    TARGET_POSE,
     TOOL_POSE,
 )
 
@@ -118,49 +118,81 @@ class Children:
         self.close()
 
 
+COMMANDS = {"pose": m.POSE, "joint_trajectory": m.JOINT_TRAJECTORY, "position_array": m.ARRAY}  # what can be judged
+
+
+def command_of(robot: Robot, message: Any, arrived: float) -> Tuple[float, np.ndarray]:
+    """Return when a command is for [s] and the configuration that it asks for; an array has no stamp but its arrival.
+
+    Raises:
+        ValueError: a trajectory of other joints.
+    """
+    if robot.driver.command == "position_array":
+        return arrived, m.array_from_ros(message)
+    if robot.driver.command == "joint_trajectory":
+        names, values = list(message.joint_names), message.points[-1].positions
+        if sorted(names) != sorted(robot.driver.joints) or len(values) != len(names):
+            raise ValueError(f"a command for {names}, the robot has {list(robot.driver.joints)}")
+        return m.stamp_of(message), np.array([values[names.index(name)] for name in robot.driver.joints], float)
+    position, quaternion = m.pose_from_ros(message)
+    return m.stamp_of(message), np.concatenate([position, quaternion]) if robot.space.rotation else position
+
+
 class EnvelopeReader:
-    """Judge the commands on the wire by their own stamps.
+    """Judge the commands on the wire by their own stamps, in the robot's space.
 
     Divided differences: the k-th one of a path, times k!, is the k-th derivative at some time in between (mean value
     theorem), so a path inside the limits passes at any spacing of its samples. The bounds are widened by what the
-    stamps' resolution does to them.
+    stamps' resolution does to them. Rotations are taken as rotation vectors from a sample in the middle, whose
+    derivatives differ from the true ones by half the angle between samples: 2 % is allowed for it.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, space: Space, bounds: Bounds) -> None:
+        self.space, self.bounds = space, bounds
         self.commands, self.non_finite, self.gaps = 0, 0, 0
         self.violations: Counter = Counter(speed=0, acceleration=0, jerk=0, workspace=0)
-        self.peaks = {"speed": 0.0, "acceleration": 0.0, "jerk": 0.0}
+        self.peaks = {"speed": 0.0, "acceleration": 0.0, "jerk": 0.0}  # of any group, in its own unit
         self._samples: Deque[Any] = deque(maxlen=4)
+        self._slack = np.array([2e-2 if name == "rotation" else 1e-3 for name in bounds.names])
 
-    def take(self, stamp: float, position: np.ndarray) -> None:
-        """Take one command [s, m]."""
+    def take(self, stamp: float, x: np.ndarray) -> None:
+        """Take one command: its time [s] and configuration."""
         self.commands += 1
-        if not np.all(np.isfinite(position)):
+        if not np.all(np.isfinite(x)):
             self.non_finite += 1
             return
         if self._samples and not 0 < stamp - self._samples[-1][0] <= GAP_S:
             self._samples.clear()
             self.gaps += 1
-        self._samples.append((stamp, position))
-        inside = np.all(position >= self.limits.workspace_low) and np.all(position <= self.limits.workspace_high)
+        self._samples.append((stamp, x))
+        n = self.space.linear
+        inside = np.all(x[:n] >= self.bounds.low[:n]) and np.all(x[:n] <= self.bounds.high[:n])
         self.violations["workspace"] += not inside
-        bounds = (self.limits.max_speed, self.limits.max_acceleration, self.limits.max_jerk)
-        for order, (name, bound) in enumerate(zip(self.peaks, bounds, strict=True), start=1):
+        limits = (self.bounds.speed, self.bounds.acceleration, self.bounds.jerk)
+        for order, (name, bound) in enumerate(zip(self.peaks, limits, strict=True), start=1):
             if len(self._samples) > order:
-                value = self._derivative(order)
-                self.peaks[name] = max(self.peaks[name], value)
+                values = self._derivative(order)
+                self.peaks[name] = max(self.peaks[name], float(np.max(values)))
                 shortest = min(b[0] - a[0] for a, b in pairwise(self._samples))
-                slack = 2**order * self.limits.max_speed * STAMP_S / shortest**order
-                self.violations[name] += value > bound * (1 + 1e-3) + slack
+                slack = 2**order * self.bounds.speed * STAMP_S / shortest**order
+                self.violations[name] += bool(np.any(values > bound * (1 + self._slack) + slack))
 
-    def _derivative(self, order: int) -> float:
+    def recent(self) -> List[Any]:
+        """Return the newest commands of the stream, oldest first, as (stamp, configuration)."""
+        return list(self._samples)
+
+    def speed(self) -> float:
+        """Return the newest commanded speed, the largest of any group [m/s or rad/s]; NaN at a stream's begin."""
+        return float(np.max(self._derivative(1))) if len(self._samples) > 1 else math.nan
+
+    def _derivative(self, order: int) -> np.ndarray:
         samples = list(self._samples)[-order - 1 :]
         times = [stamp - samples[0][0] for stamp, _ in samples]
-        values = [position for _, position in samples]
+        middle = samples[len(samples) // 2][1]
+        values = [self.space.difference(x, middle) for _, x in samples]
         for k in range(1, order + 1):
             values = [(b - a) / (times[i + k] - times[i]) for i, (a, b) in enumerate(pairwise(values))]
-        return math.factorial(order) * float(np.linalg.norm(values[0]))
+        return math.factorial(order) * self.bounds.norms(values[0])
 
     def to_dict(self) -> Dict[str, Any]:
         """Return plain values."""
@@ -194,7 +226,6 @@ class Judge:
         self._arrived: Optional[float] = None
         self._tick: Optional[float] = None
         bus.subscribe(CONTRACT, m.STRING, LATCHED, self._on_contract)
-        bus.subscribe(TARGET_POSE, m.POSE, replace(COMMAND, depth=QUEUE), self._on_command)
         bus.subscribe(CHUNK, m.CARTESIAN_TRAJECTORY, replace(COMMAND, depth=QUEUE), self._on_chunk)
         bus.subscribe(EXECUTED, m.CARTESIAN_TRAJECTORY, replace(STATE, depth=QUEUE), self._on_executed)
         bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_guard)
@@ -207,13 +238,18 @@ class Judge:
             return
         self.contract = m.json_from_ros(message)
         self.robot = self._own or parse_robot(self.contract["embodiment"])
-        self.envelope = EnvelopeReader(self.robot.limits)
+        assert self.robot.bounds is not None
+        self.envelope = EnvelopeReader(self.robot.space, self.robot.bounds)
+        driver = self.robot.driver
+        if driver.command not in COMMANDS:
+            raise ValueError(f"commands as {driver.command} cannot be judged; there are {', '.join(COMMANDS)}")
+        qos = replace(COMMAND, depth=QUEUE)
+        self.bus.subscribe(driver.command_topic, COMMANDS[driver.command], qos, self._on_command)
 
     def _on_command(self, message: Any) -> None:
-        stamp, (position, _) = m.stamp_of(message), m.pose_from_ros(message)
-        self.last_command = position
-        if self.envelope is not None:
-            self.envelope.take(stamp, position)
+        assert self.robot is not None and self.envelope is not None
+        stamp, self.last_command = command_of(self.robot, message, self.bus.now())
+        self.envelope.take(stamp, self.last_command)
         now = self.bus.steady()
         if self._arrived is not None and self._tick is not None and 0 < stamp - self._tick <= GAP_S:
             self.periods.add(now - self._arrived)
@@ -555,7 +591,7 @@ def _join(operator: Operator, config: "LiveConfig") -> None:
             if time.monotonic() > end:
                 operator.bus.wait_for_writer(topic, type, qos, 0.1)  # says what is there instead
             operator.bus.spin(0.05)
-    operator.until(lambda: operator.judge.robot is not None, 5.0, f"{CONTRACT} of the policy")
+    operator.until(lambda: operator.judge.robot is not None, READY_S, f"{CONTRACT} of the policy")
 
 
 def _settled(judge: Judge, bus: Bus) -> Callable[[], bool]:

@@ -42,7 +42,7 @@ class Arm:
 
     def __init__(self, robot=ROBOT, home=HOME):
         self.guard, self.now, self.measured = Guard(robot, CONFIG), T0, np.array(home, float)
-        self.judge = EnvelopeReader(robot.limits)
+        self.judge = EnvelopeReader(robot.space, robot.bounds)
         self.sent, self.executed, self.fresh = [], [], True
         self.guard.on_state(self.now, self.measured)
 
