@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-store
+.PHONY: demo test lint bench evidence evidence-doctor evidence-store mutation soak-core
 
 demo: $(VENV)/.installed  ## the main job, end to end; an interrupted one continues
 	@$(BIN)/dita env --setup
@@ -31,6 +31,12 @@ evidence-doctor: $(VENV)/.installed  ## minutes: precision and recall of the doc
 
 evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other fault of a store; resumes
 	@$(BIN)/python benchmarks/store_faults.py
+
+mutation: $(VENV)/.installed  ## hours: mutates the guard's core against tests/test_guard.py; resumes
+	@$(BIN)/python benchmarks/mutation.py $(ARGS)
+
+soak-core: $(VENV)/.installed  ## hours: the guard's core through random events on a fake clock, 1e7 ticks; resumes
+	@$(BIN)/python benchmarks/soak_core.py $(ARGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Dita needs Python 3.11 or 3.12 with venv: apt-get install python3 python3-venv"; exit 1; }
