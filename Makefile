@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store chaos soak
+.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store chaos mutation soak soak-core
 MINUTES ?= 30
 REPEAT ?= 20
 
@@ -42,6 +42,12 @@ chaos: $(VENV)/.installed  ## under an hour, on an idle machine: every fault of 
 
 soak: $(VENV)/.installed  ## MINUTES armed, on an idle machine, adds to what was played; writes docs/evidence/live_soak.md
 	@$(BIN)/python -m benchmarks.live_soak --minutes $(MINUTES)
+
+mutation: $(VENV)/.installed  ## hours: mutates the guard's core against tests/test_guard.py; resumes
+	@$(BIN)/python benchmarks/mutation.py $(ARGS)
+
+soak-core: $(VENV)/.installed  ## hours: the guard's core through random events on a fake clock, 1e7 ticks; resumes
+	@$(BIN)/python benchmarks/soak_core.py $(ARGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Dita needs Python 3.11 or 3.12 with venv: apt-get install python3 python3-venv"; exit 1; }
