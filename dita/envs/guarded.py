@@ -5,7 +5,6 @@ What `dita eval guard=true` plays: the same guard as live, so that the differenc
 
 from __future__ import annotations
 
-
 import numpy as np
 import yaml
 from jaxtyping import Float32, Float64
