@@ -536,7 +536,11 @@ class Reader:
         if not new:
             return
         pause = np.inf if last is None else time.monotonic() - last[2]
-        if pause < SILENT_S and np.linalg.norm(position - last[1]) > self.bounds.speed[0] * (pause + 0.05):
+        if (
+            last is not None
+            and pause < SILENT_S
+            and np.linalg.norm(position - last[1]) > self.bounds.speed[0] * (pause + 0.05)
+        ):
             self._keep(self.violations, "jump across a gap of stamps")
         if last is None and self.measured:
             away = float(np.linalg.norm(position - self.measured[-1][1]))
