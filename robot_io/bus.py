@@ -3,9 +3,13 @@
 Two implementations: `bus_dds` (CycloneDDS wheels, no ROS installed) and `bus_rclpy` (a real lifecycle node).
 """
 
+import math
 import time
+import typing
 from dataclasses import dataclass
-from typing import Any, Callable, List, Literal, Optional, Protocol
+from typing import Any, Callable, Iterator, List, Literal, Mapping, Optional, Protocol, Sequence, Set, Tuple
+
+BRAKE_S = 2.0  # what a node has to come to rest in before its bus leaves without it [s]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Writer:
     node: str  # the node's name, or its participant's key where it gives none
     type: str
     qos: Qos
+    type_hash: str = ""  # of the type's definition (REP 2016), where the writer gives one
 
 
 class Publisher(Protocol):
@@ -56,6 +61,11 @@ class Bus(Protocol):
     """One node in a graph. Callbacks and timers run one at a time, in the thread that spins."""
 
     name: str
+
+    @property
+    def running(self) -> bool:
+        """Return whether nobody has called `shutdown` yet."""
+        ...
 
     def msg(self, type: str, **fields: Any) -> Any:
         """Build a message ("std_msgs/msg/String"); fields left out are zero. Raises ValueError for unknown names."""
@@ -116,13 +126,106 @@ class Bus(Protocol):
     def on_qos_mismatch(self, callback: Callable[[str], None]) -> None:
         """Call `callback(text)` when an endpoint of this node and another one do not match; text says who offers what.
 
-        Without it a mismatch is logged as an error.
+        Without it a mismatch is logged as an error. Another type on the same topic counts as one.
         """
         ...
 
     def on_liveliness(self, topic: str, callback: Callable[[int], None]) -> None:
         """Call `callback(alive)` when the number of live writers on a subscribed topic changes."""
         ...
+
+    def on_stop(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(reason)` when the node must come to rest and leave: an exception in one of its callbacks or
+        timers, a lifecycle transition.
+
+        Timers and callbacks go on until the node calls `shutdown`, for `BRAKE_S` at most; then `spin` raises the
+        exception again. Without it an exception ends `spin` at once.
+        """
+        ...
+
+
+@typing.runtime_checkable
+class Services(Protocol):
+    """What a bus has on top where the middleware's services are had: `if isinstance(bus, Services)`.
+
+    DDS vendors frame requests differently, so services work inside ROS 2 only; whatever has one has a topic as well.
+    """
+
+    def service(self, name: str, type: str, callback: Callable[[Any], Mapping[str, Any]]) -> None:
+        """Answer requests ("std_srvs/srv/SetBool") with the fields that `callback(request)` returns."""
+        ...
+
+
+class Stopper:
+    """Run a node's callbacks for a bus; after an exception in one the node brakes before the bus leaves."""
+
+    def __init__(self, log: Callable[[str, str], None]) -> None:
+        self.callback: Optional[Callable[[str], None]] = None
+        self.error: Optional[Exception] = None
+        self.deadline = math.inf  # of `time.monotonic`
+        self._log = log
+
+    def call(self, callback: Callable[..., Any], *arguments: Any) -> Any:
+        """Call back; return what it returns, or None after an exception."""
+        try:
+            return callback(*arguments)
+        except Exception as e:
+            if self.callback is None:
+                raise
+            if self.error is None:  # a timer that fails at every tick is said once
+                self.error = e
+                self.ask(f"{type(e).__name__}: {e}")
+
+    def ask(self, reason: str) -> None:
+        """Ask the node to come to rest and leave."""
+        self._log("error" if self.error else "info", f"stopping: {reason}")
+        self.deadline = min(self.deadline, time.monotonic() + BRAKE_S)
+        try:
+            if self.callback is not None:
+                self.callback(reason)
+        except Exception as e:
+            self.error, self.deadline = self.error or e, -math.inf
+
+    def finish(self) -> None:
+        """Raise the first exception again, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+
+class Timer:
+    """Calls on a grid; what is missed is gone."""
+
+    def __init__(self, period: float, callback: Callable[[], Any], start: float) -> None:
+        if not period > 0:
+            raise ValueError(f"a timer's period must be positive, got {period} s")
+        self.period, self.callback, self.next = period, callback, start + period
+
+    def dispatch(self, now: float) -> None:
+        """Call back if it is time [s]."""
+        if now >= self.next:
+            self.next += self.period * (1 + (now - self.next) // self.period)
+            self.callback()
+
+
+class TypeWatch:
+    """Tell of writers whose type is not the one that a reader asks for: DDS and ROS 2 say nothing about these."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._said: Set[Tuple[str, str, str, str]] = set()
+
+    def look(self, topic: str, type: str, type_hash: str, writers: Sequence[Writer]) -> Iterator[str]:
+        """Yield one line per writer on `topic` that offers something else, once."""
+        for writer in writers:
+            other = bool(type_hash and writer.type_hash and type_hash != writer.type_hash)
+            key = (topic, writer.node, writer.type, writer.type_hash)
+            if (writer.type != type or other) and key not in self._said:
+                self._said.add(key)
+                yield (
+                    f"type mismatch on {topic}: {self._name} requests {type}, {writer.node} offers {writer.type}"
+                    + (" of another definition" if writer.type == type else "")
+                    + ". Do not expect its messages"
+                )
 
 
 class Clock:
@@ -145,22 +248,59 @@ class Clock:
         return self.rate * time.monotonic()
 
 
-def open_bus(kind: str, name: str, domain_id: int, rate: float = 1.0) -> Bus:
+def wait_for_writer(
+    bus: Bus, topic: str, type: str, qos: Qos, timeout_s: float, nodes: Callable[[], Sequence[str]]
+) -> None:
+    """Do what `Bus.wait_for_writer` says, with `nodes` for the names of everybody there."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end and bus.running:
+        bus.spin(min(0.02, timeout_s))
+        if any(w.type == type and w.qos.satisfies(qos) for w in bus.writers(topic)):
+            return
+    there = "; ".join(f"{w.node} offers {w.type} ({w.qos})" for w in bus.writers(topic)) or "nobody offers it"
+    others = ", ".join(sorted(set(nodes()) - {bus.name})) or "none"
+    raise TimeoutError(
+        f"no publisher on {topic} of {type} ({qos}) after {timeout_s:g} s: {there}. Nodes: {others}. "
+        "Start the peer, or compare ROS_DOMAIN_ID, discovery range and QoS"
+    )
+
+
+def open_bus(
+    kind: str,
+    name: str,
+    domain_id: int,
+    rate: float = 1.0,
+    discovery: Optional[str] = None,
+    peers: Optional[Sequence[str]] = None,
+    interface: str = "",
+    loss_permille: int = 0,
+    remap: Sequence[str] = (),
+) -> Bus:
     """Join a graph as node `name`.
 
     Args:
-        kind: "dds" (CycloneDDS wheels) or "rclpy" (a sourced ROS 2).
+        kind: "dds" (CycloneDDS wheels) or "rclpy" (a sourced ROS 2, which takes the rest from its environment).
         domain_id: as ROS_DOMAIN_ID.
         rate: of the clock, see `Clock`; rclpy has only 1.
+        discovery: LOCALHOST, or SUBNET for multicast; None: ROS_AUTOMATIC_DISCOVERY_RANGE, or LOCALHOST.
+        peers: addresses of the other machines, for unicast; None: ROS_STATIC_PEERS. Never together with SUBNET.
+        interface: network interface by name, for several machines; empty: CycloneDDS chooses.
+        loss_permille: tests only: of the packets that this process sends, so many are lost.
+        remap: topics under other names, "FROM:=TO" as ROS 2 has them.
     """
     if kind == "dds":
-        from robot_io.bus_dds import DdsBus
+        from robot_io.bus_dds import DdsBus, network_of
 
-        return DdsBus(name, domain_id, Clock(rate))
+        return DdsBus(name, domain_id, Clock(rate), network_of(discovery, peers, interface, loss_permille), remap)
     if kind == "rclpy":
         from robot_io.bus_rclpy import RclpyBus
 
         if rate != 1.0:
             raise ValueError("the rclpy bus runs in real time only; leave the real-time factor at 1")
+        if discovery or peers or interface or loss_permille or remap:
+            raise ValueError(
+                "the rclpy bus takes its network from ROS: set ROS_AUTOMATIC_DISCOVERY_RANGE and ROS_STATIC_PEERS, and "
+                "remap with --ros-args -r FROM:=TO"
+            )
         return RclpyBus(name, domain_id)
     raise ValueError(f"no bus {kind!r}; there are dds and rclpy")

@@ -4,11 +4,13 @@ Wire rules (ROS 2 design, "Topic and Service name mapping"; rmw_cyclonedds): top
 `pkg::msg::dds_::Type_`, plain CDR (XCDR1), final structs, the type's RIHS01 hash in USER_DATA.
 """
 
+import os
+import re
 import sys
 import threading
 import time
 from functools import lru_cache
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
 import numpy as np
 from cyclonedds.builtin import (
@@ -18,7 +20,15 @@ from cyclonedds.builtin import (
     BuiltinTopicDcpsPublication,
     BuiltinTopicDcpsSubscription,
 )
-from cyclonedds.core import GuardCondition, InstanceState, ReadCondition, SampleState, ViewState, WaitSet
+from cyclonedds.core import (
+    DDSException,
+    GuardCondition,
+    InstanceState,
+    ReadCondition,
+    SampleState,
+    ViewState,
+    WaitSet,
+)
 from cyclonedds.core import Qos as DdsQos
 from cyclonedds.domain import Domain, DomainParticipant
 from cyclonedds.idl import IdlStruct, make_idl_struct, types
@@ -29,23 +39,71 @@ from cyclonedds.sub import DataReader
 from cyclonedds.topic import Topic
 from cyclonedds.util import duration
 from rosbags.interfaces import Nodetype
-from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
-from robot_io.bus import STATE, Clock, Qos, Writer
+from robot_io.bus import STATE, Clock, Qos, Stopper, Timer, TypeWatch, Writer, wait_for_writer
 
 TYPES = get_typestore(Stores.ROS2_JAZZY)
+# not among the common interfaces (https://github.com/ros-controls/control_msgs)
+TYPES.register(get_types_from_msg("float64 position\nfloat64 max_effort\n", "control_msgs/msg/GripperCommand"))
 
-# Loopback has no multicast: discovery by unicast to a known peer. Mixing both kinds finds nobody.
 # A killed node is forgotten after 3 s, so that a new guard does not take its predecessor for a second commander.
-# Fragments just below a loopback datagram and a large receive buffer: a VGA image is 15 fragments, none lost.
-LOOPBACK_XML = """<CycloneDDS><Domain Id="any">
-<General><Interfaces><NetworkInterface name="lo"/></Interfaces><AllowMulticast>false</AllowMulticast>
-<MaxMessageSize>65500B</MaxMessageSize><FragmentSize>63000B</FragmentSize></General>
-<Discovery><ParticipantIndex>auto</ParticipantIndex><MaxAutoParticipantIndex>31</MaxAutoParticipantIndex>
-<Peers><Peer address="127.0.0.1"/></Peers><SPDPInterval>1s</SPDPInterval><LeaseDuration>3s</LeaseDuration></Discovery>
-<Internal><SocketReceiveBufferSize max="4MB"/></Internal>
+XML = """<CycloneDDS><Domain Id="any">
+<General>{general}</General>
+<Discovery>{discovery}<SPDPInterval>1s</SPDPInterval><LeaseDuration>3s</LeaseDuration></Discovery>
+<Internal><SocketReceiveBufferSize max="4MB"/>{internal}</Internal>
 <Tracing><Verbosity>severe</Verbosity><OutputFile>stderr</OutputFile></Tracing>
 </Domain></CycloneDDS>"""
+# Fragments just below a loopback datagram and a large receive buffer: a VGA image is 15 fragments, none lost.
+LOOPBACK = (
+    '<Interfaces><NetworkInterface name="lo"/></Interfaces><AllowMulticast>false</AllowMulticast>'
+    "<MaxMessageSize>65500B</MaxMessageSize><FragmentSize>63000B</FragmentSize>"
+)
+INDEX = "<ParticipantIndex>auto</ParticipantIndex><MaxAutoParticipantIndex>31</MaxAutoParticipantIndex>"
+REMAP = re.compile(r"/[\w/]+:=/[\w/]+")
+RANGES = ("LOCALHOST", "SUBNET")
+ADDRESS = re.compile(r"[0-9A-Za-z.:%_-]+")
+LOSS = "DITA_TEST_LOSS_PERMILLE"  # tests only: of the packets that this process sends, so many are lost
+
+
+def network_of(
+    discovery: Optional[str] = None, peers: Optional[Sequence[str]] = None, interface: str = "", loss_permille: int = 0
+) -> str:
+    """Return CycloneDDS's configuration; what is not given comes from ROS 2's own environment variables.
+
+    Args:
+        discovery: LOCALHOST (one machine, or with peers several) or SUBNET (multicast).
+        peers: addresses of the other machines: unicast. Loopback has no multicast, and multicast beside unicast finds
+            nobody, so one excludes the other.
+        interface: a network interface's name; empty: the one that CycloneDDS finds.
+        loss_permille: tests only, see `open_bus`.
+
+    Raises:
+        ValueError: another range, peers together with SUBNET, an address that is none.
+    """
+    variables = os.environ
+    discovery = discovery or variables.get("ROS_AUTOMATIC_DISCOVERY_RANGE") or "LOCALHOST"
+    if peers is None:
+        peers = [peer.strip() for peer in variables.get("ROS_STATIC_PEERS", "").split(";") if peer.strip()]
+    loss = loss_permille or int(variables.get(LOSS, "0"))
+    if discovery not in RANGES:
+        raise ValueError(f"discovery range {discovery!r} is not known here; there are {', '.join(RANGES)}")
+    if peers and discovery == "SUBNET":
+        raise ValueError(
+            f"discovery range SUBNET is multicast, the peers {', '.join(peers)} are unicast, and both together find "
+            "nobody: leave out the peers, or use LOCALHOST, which with peers reaches just these machines"
+        )
+    bad = [text for text in (*peers, interface) if text and not ADDRESS.fullmatch(text)]
+    if bad or not 0 <= loss <= 1000:
+        raise ValueError(f"not an address, an interface or a loss of 0 to 1000 per mille: {bad or loss}")
+    named = f'<Interfaces><NetworkInterface name="{interface}"/></Interfaces>' if interface else ""
+    internal = f"<Test><XmitLossiness>{loss}</XmitLossiness></Test>" if loss else ""
+    if discovery == "SUBNET":
+        return XML.format(general=f"{named}<AllowMulticast>true</AllowMulticast>", discovery="", internal=internal)
+    listed = "".join(f'<Peer address="{peer}"/>' for peer in ("127.0.0.1", *peers))
+    general = f"{named}<AllowMulticast>false</AllowMulticast>" if peers else LOOPBACK
+    return XML.format(general=general, discovery=f"{INDEX}<Peers>{listed}</Peers>", internal=internal)
+
 
 BASE = {
     "bool": bool,
@@ -60,7 +118,7 @@ DTYPES.update(bool=np.dtype(bool), byte=np.dtype(np.uint8), char=np.dtype(np.uin
 
 POLICIES = {2: "durability", 11: "reliability", 8: "liveliness lease", 23: "data representation"}
 POLL_S = 0.05  # how often mismatches and live writers are looked at [s]
-_domains: Dict[int, Domain] = {}
+_domains: Dict[int, Tuple[Domain, str]] = {}
 
 
 @lru_cache(maxsize=None)
@@ -75,9 +133,23 @@ def _struct(type: str) -> Type[IdlStruct]:
     struct: Any = make_idl_struct(f"{name}_", f"{package}.msg.dds_.{name}_", fields, dataclassify=False)
     struct.__init__ = lambda self, message: setattr(self, "message", message)
     struct.serialize = lambda self, **_: bytes(TYPES.serialize_cdr(self.message, type))
-    struct.deserialize = staticmethod(lambda data, **_: TYPES.deserialize_cdr(data, type))
+    struct.deserialize = staticmethod(lambda data, **_: _decode(data, type))
     struct.deserialize_key = staticmethod(lambda data, **_: None)  # of the sample that says that a writer left
     return struct
+
+
+class _Unreadable:
+    """Bytes that are no message; raising instead would lose the messages that are taken with it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _decode(data: Any, type: str) -> Any:
+    try:
+        return TYPES.deserialize_cdr(data, type)
+    except Exception as e:  # whatever the decoder says
+        return _Unreadable(e)
 
 
 def _fields(type: str) -> List[Tuple[str, Any]]:
@@ -136,14 +208,21 @@ def message(type: str, **fields: Any) -> Any:
     return TYPES.types[type](**values)
 
 
+@lru_cache(maxsize=None)
+def _hash(type: str) -> str:
+    return TYPES.hash_rihs01(type)
+
+
 def _dds_qos(qos: Qos, type: str) -> DdsQos:
     policies = [
         Policy.Reliability.Reliable(duration(milliseconds=100)) if qos.reliable else Policy.Reliability.BestEffort,
         Policy.Durability.TransientLocal if qos.latched else Policy.Durability.Volatile,
         Policy.History.KeepLast(qos.depth),
         Policy.DataRepresentation(use_cdrv0_representation=True, use_xcdrv2_representation=False),
-        Policy.Userdata(f"typehash={TYPES.hash_rihs01(type)};".encode()),
+        Policy.Userdata(f"typehash={_hash(type)};".encode()),
     ]
+    if qos.latched:  # or a late joiner gets one message whatever the depth
+        policies.append(Policy.DurabilityService(0, Policy.History.KeepLast(qos.depth), -1, -1, -1))
     if qos.lease_s is not None:
         policies.append(Policy.Liveliness.Automatic(int(qos.lease_s * 1e9)))
     return DdsQos(*policies)
@@ -165,43 +244,54 @@ class DdsPublisher:
 
     def __init__(self, writer: DataWriter, topic: str, type: str, qos: Qos) -> None:
         self.writer, self.topic, self.type, self.qos = writer, topic, type, qos
-        self.sample = _struct(type)
+        self.sample, self.closed = _struct(type), False
 
     def publish(self, message: Any) -> None:
-        """Send one message."""
-        self.writer.write(self.sample(message))  # pyright: ignore[reportCallIssue]
+        """Send one message; after the bus's end there is nobody to send it to."""
+        try:
+            self.writer.write(self.sample(message))  # pyright: ignore[reportCallIssue]
+        except DDSException:
+            if not self.closed:  # another thread may be in here while the bus leaves
+                raise
 
 
 class _Subscription:
     def __init__(self, reader: DataReader, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
         self.reader, self.topic, self.type, self.qos, self.callback = reader, topic, type, qos, callback
         self.condition = ReadCondition(reader, ViewState.Any | SampleState.NotRead | InstanceState.Any)
-        self.alive = 0
+        self.alive, self.unreadable = 0, 0
         self.on_liveliness: Optional[Callable[[int], None]] = None
 
-    def dispatch(self) -> None:
-        for sample in self.reader.take(N=self.qos.depth):
-            if not isinstance(sample, InvalidSample):  # a writer that left
-                self.callback(sample)
-
-
-class _Timer:
-    def __init__(self, period: float, callback: Callable[[], None], start: float) -> None:
-        self.period, self.callback, self.next = period, callback, start + period
-
-    def dispatch(self, now: float) -> None:
-        if now < self.next:
-            return
-        self.next += self.period * (1 + (now - self.next) // self.period)  # on the same grid, what is missed is gone
-        self.callback()
+    def take(self) -> List[Any]:
+        # an InvalidSample says that a writer left
+        return [s for s in self.reader.take(N=self.qos.depth) if not isinstance(s, InvalidSample)]
 
 
 class DdsBus:
-    """A node on CycloneDDS, on loopback only. Implements `robot_io.bus.Bus`."""
+    """A node on CycloneDDS. Implements `robot_io.bus.Bus`."""
 
-    def __init__(self, name: str, domain_id: int, clock: Optional[Clock] = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        domain_id: int,
+        clock: Optional[Clock] = None,
+        network: Optional[str] = None,
+        remap: Sequence[str] = (),
+    ) -> None:
+        """Join the graph; `network` is from `network_of`, `remap` has "/FROM:=/TO".
+
+        Raises:
+            ValueError: this process is on that domain already, with another network; a remap that is none.
+        """
+        wrong = [text for text in remap if not REMAP.fullmatch(text)]
+        if wrong:
+            raise ValueError(f"a topic is remapped by /FROM:=/TO, got {', '.join(wrong)}")
+        self._remap = {before: after for before, after in (text.split(":=") for text in remap)}
+        network = network or network_of()
         if domain_id not in _domains:
-            _domains[domain_id] = Domain(domain_id, LOOPBACK_XML)
+            _domains[domain_id] = (Domain(domain_id, network), network)
+        elif _domains[domain_id][1] != network:
+            raise ValueError(f"this process is on domain {domain_id} with another discovery, peers or loss already")
         self.name, self.domain_id, self.clock = name, domain_id, clock or Clock()
         self.now, self.steady = self.clock.now, self.clock.steady
         self._participant = DomainParticipant(domain_id, qos=DdsQos(Policy.EntityName(name)))
@@ -214,10 +304,19 @@ class DdsBus:
         self._topics: Dict[Tuple[str, str], Topic] = {}
         self._publishers: List[DdsPublisher] = []
         self._subscriptions: List[_Subscription] = []
-        self._timers: List[_Timer] = [_Timer(POLL_S, self._poll, self.steady())]
+        self._stopper = Stopper(self.log)
+        self._timers: List[Timer] = []
+        self.timer(POLL_S * self.clock.rate, self._poll)
+        self._types = TypeWatch(name)
         self._mismatch: Callable[[str], None] = lambda text: self.log("error", text)
+        self._closed = False
         self._running = threading.Event()
         self._running.set()
+
+    @property
+    def running(self) -> bool:
+        """Return whether nobody has called `shutdown` yet."""
+        return self._running.is_set()
 
     def msg(self, type: str, **fields: Any) -> Any:
         """Build a message, see `message`."""
@@ -238,7 +337,7 @@ class DdsBus:
 
     def timer(self, period_s: float, callback: Callable[[], None]) -> None:
         """Call `callback` every `period_s` of the bus's clock."""
-        self._timers.append(_Timer(period_s, callback, self.steady()))
+        self._timers.append(Timer(period_s, lambda: self._stopper.call(callback), self.steady()))
 
     def param(self, name: str, default: Any) -> Any:
         """Return the default: without ROS, parameters are the node's own arguments."""
@@ -251,15 +350,30 @@ class DdsBus:
     def spin(self, timeout_s: Optional[float] = None) -> None:
         """Run callbacks until `shutdown`, or for `timeout_s` of real time."""
         end = float("inf") if timeout_s is None else time.monotonic() + timeout_s
-        while self._running.is_set() and time.monotonic() < end:
+        while self._running.is_set() and time.monotonic() < min(end, self._stopper.deadline):
             wait = min((timer.next - self.steady()) / self.clock.rate for timer in self._timers)
             wait = min(wait, end - time.monotonic())
             if wait > 0:
                 self._waitset.wait(int(wait * 1e9))
             for subscription in self._subscriptions:
-                subscription.dispatch()
+                self._dispatch(subscription)
             for timer in self._timers:
                 timer.dispatch(self.steady())
+        if time.monotonic() >= self._stopper.deadline:
+            self.shutdown()
+        if not self._running.is_set():
+            self._stopper.finish()
+
+    def _dispatch(self, subscription: _Subscription) -> None:
+        for sample in subscription.take():
+            if isinstance(sample, _Unreadable):  # nothing that somebody sends may end a node
+                subscription.unreadable += 1
+                if subscription.unreadable in (1, 10, 100, 1000):
+                    n, topic = subscription.unreadable, subscription.topic
+                    text = f"{n} message{'s' * (n > 1)} on {topic} cannot be read as {subscription.type}"
+                    self.log("error", f"{text}: {sample.error}")
+            else:
+                self._stopper.call(subscription.callback, sample)
 
     def shutdown(self) -> None:
         """Let `spin` return."""
@@ -268,11 +382,22 @@ class DdsBus:
 
     def close(self) -> None:
         """Leave the graph now; nothing of this bus may be used after."""
+        if self._closed:
+            return
         self.shutdown()
+        self._closed = True
+        for publisher in self._publishers:
+            publisher.closed = True
+        conditions = [s.condition for s in self._subscriptions]
         endpoints = [p.writer for p in self._publishers] + [s.reader for s in self._subscriptions]
-        # what cyclonedds does when the last reference goes; others hold some, and the graph must see us leave now
-        for entity in (self._waitset, *endpoints, self._participant):
+        directories = (self._participants, self._writers, self._readers)
+        builtin = [entity for d in directories for entity in (d.changes, d.reader)]
+        # What cyclonedds does when the last reference goes, and does once only: others hold some references, and the
+        # graph must see us leave now. Children first: a handle that is deleted late may be somebody else's by then.
+        everything = (self._waitset, self._wake, *conditions, *endpoints, *builtin, *self._topics.values())
+        for entity in (*everything, self._participant):
             entity.__del__()
+        self._waitset.attached.clear()
 
     def writers(self, topic: str) -> List[Writer]:
         """List everybody who offers `topic`, oneself included."""
@@ -284,16 +409,8 @@ class DdsBus:
         Raises:
             TimeoutError: nobody does; says which topic, type and QoS, after how long, and what is there instead.
         """
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end and self._running.is_set():
-            self.spin(min(0.02, timeout_s))
-            if any(w.type == type and w.qos.satisfies(qos) for w in self.writers(topic)):
-                return
-        there = "; ".join(f"{w.node} offers {w.type} ({w.qos})" for w in self.writers(topic)) or "nobody offers it"
-        nodes = sorted({self._node_of(key) for key in self._participants.alive()} - {self.name})
-        raise TimeoutError(
-            f"no publisher on {topic} of {type} ({qos}) after {timeout_s:g} s: {there}. Nodes on domain "
-            f"{self.domain_id}: {', '.join(nodes) or 'none'}. Start the peer, or compare ROS_DOMAIN_ID and QoS"
+        wait_for_writer(
+            self, topic, type, qos, timeout_s, lambda: [self._node_of(key) for key in self._participants.alive()]
         )
 
     def on_qos_mismatch(self, callback: Callable[[str], None]) -> None:
@@ -307,12 +424,16 @@ class DdsBus:
             raise ValueError(f"subscribe to {topic} before watching its writers")
         found[0].on_liveliness = callback
 
+    def on_stop(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(reason)` when the node must come to rest and leave."""
+        self._stopper.callback = callback
+
     def _topic(self, name: str, type: str) -> Topic:
         key = (name, type)
         if key not in self._topics:
             if not name.startswith("/"):
                 raise ValueError(f"topic names are absolute here: /{name}, got {name}")
-            self._topics[key] = Topic(self._participant, f"rt{name}", _struct(type))
+            self._topics[key] = Topic(self._participant, f"rt{self._remap.get(name, name)}", _struct(type))
         return self._topics[key]
 
     def _poll(self) -> None:
@@ -330,12 +451,17 @@ class DdsBus:
             if alive != subscription.alive:
                 subscription.alive = alive
                 if subscription.on_liveliness is not None:
-                    subscription.on_liveliness(alive)
+                    self._stopper.call(subscription.on_liveliness, alive)
+            type_hash, writers = _hash(subscription.type), self.writers(subscription.topic)
+            for text in self._types.look(subscription.topic, subscription.type, type_hash, writers):
+                self._mismatch(text)
 
     def _report(self, mine: Any, verb: str, others: List[Writer], other_verb: str, policy: int) -> None:
+        if policy not in POLICIES:  # another type, which `TypeWatch` tells
+            return
         theirs = "; ".join(f"{w.node} {other_verb} {w.qos}" for w in others if w.qos != mine.qos)
         self._mismatch(
-            f"QoS mismatch on {mine.topic} ({POLICIES.get(policy, f'policy {policy}')}): "
+            f"QoS mismatch on {mine.topic} ({POLICIES[policy]}): "
             f"{self.name} {verb} {mine.qos}; {theirs or 'the other end is gone'}. Nothing flows between them"
         )
 
@@ -344,26 +470,36 @@ class DdsBus:
         return next((q.name for q in found.qos if q.__scope__ == "EntityName"), str(participant)) if found else "?"
 
     def _endpoints(self, directory: "_Directory", topic: str) -> List[Writer]:
-        found = [e for e in directory.alive().values() if e.topic_name == f"rt{topic}"]
-        return [Writer(self._node_of(e.participant_key), _ros_type(e.type_name), _from_dds_qos(e.qos)) for e in found]
+        name = f"rt{self._remap.get(topic, topic)}"
+        found = [e for e in directory.alive().values() if e.topic_name == name]
+        return [
+            Writer(self._node_of(e.participant_key), _ros_type(e.type_name), _from_dds_qos(e.qos), _type_hash(e.qos))
+            for e in found
+        ]
 
 
 class _Directory:
     """What discovery knows of participants, writers or readers; only changes are read, so that asking is cheap."""
 
     def __init__(self, participant: DomainParticipant, topic: BuiltinTopic) -> None:
-        self._reader = BuiltinDataReader(participant, topic)
-        self._changes = ReadCondition(self._reader, ViewState.Any | SampleState.NotRead | InstanceState.Any)
+        self.reader = BuiltinDataReader(participant, topic)
+        self.changes = ReadCondition(self.reader, ViewState.Any | SampleState.NotRead | InstanceState.Any)
         self._alive: Dict[Any, Any] = {}
 
     def alive(self) -> Dict[Any, Any]:
         """Return {key: what is there}."""
-        for sample in self._reader.read(N=1024, condition=self._changes):
+        for sample in self.reader.read(N=1024, condition=self.changes):
             if sample.sample_info.instance_state == InstanceState.Alive:
                 self._alive[sample.key] = sample
             else:
                 self._alive.pop(sample.key, None)
         return self._alive
+
+
+def _type_hash(qos: DdsQos) -> str:
+    data = next((policy.data for policy in qos if policy.__scope__ == "Userdata"), b"")
+    found = re.search(rb"typehash=(\w+)", data)
+    return found.group(1).decode() if found else ""
 
 
 def _ros_type(dds: str) -> str:

@@ -5,6 +5,8 @@ Only colcon uses this file; `pip install` uses the repository's pyproject.toml. 
 
 from setuptools import setup
 
+NAMES = ("blackbox", "guard", "live", "operator", "policy", "preflight", "recorder", "teleop", "twin")
+
 setup(
     name="robot_io",
     version="0.1.0",
@@ -14,9 +16,10 @@ setup(
         ("share/ament_index/resource_index/packages", ["resource/robot_io"]),
         ("share/robot_io", ["package.xml"]),
         ("share/robot_io/launch", ["launch/dita.launch.py"]),
+        ("share/robot_io/security", ["security/policy.xml", "security/README.md"]),
     ],
     install_requires=["setuptools", "numpy", "ruckig"],
-    entry_points={"console_scripts": ["guard = robot_io.nodes.guard:ros2_guard"]},
+    entry_points={"console_scripts": [f"{name} = robot_io.nodes.ros2:{name}" for name in NAMES]},
     # where `ros2 run` looks
     options={"install": {"install_scripts": "$base/lib/robot_io"}, "develop": {"script_dir": "$base/lib/robot_io"}},
 )

@@ -1,4 +1,4 @@
-"""The live stack's core on a fake clock: chunks by time, composition, envelope, states, synchronisation, inference."""
+"""The live stack's core on a fake clock: chunks by time, composition, envelope, states."""
 
 import copy
 import json
@@ -6,9 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +17,6 @@ from robot_io.core.chunk_buffer import Chunk
 from robot_io.core.diagnostics import LoopTiming, Running
 from robot_io.core.guard import Guard, GuardConfig
 from robot_io.core.limits import parse_robot
-from robot_io.core.policy_loop import PolicyLoop
-from robot_io.core.sync import Synchronizer
 from robot_io.live import EnvelopeReader
 
 ROBOT = parse_robot(EMBODIMENT)
@@ -46,7 +42,7 @@ class Arm:
 
     def __init__(self, robot=ROBOT, home=HOME):
         self.guard, self.now, self.measured = Guard(robot, CONFIG), T0, np.array(home, float)
-        self.judge = EnvelopeReader(robot.limits)
+        self.judge = EnvelopeReader(robot.space, robot.bounds)
         self.sent, self.executed, self.fresh = [], [], True
         self.guard.on_state(self.now, self.measured)
 
@@ -124,133 +120,6 @@ def test_embodiment_problems_are_named(path, value, says):
         parse_robot(broken(path, value))
 
 
-# ---- synchronisation
-
-
-def sync(**overrides):
-    return Synchronizer(["left", "right"], ["tool"], **{"slop": 0.033, "max_age": 0.15, **overrides})
-
-
-def test_observation_is_the_newest_instant_that_every_camera_has_reached():
-    s = sync()
-    for i in range(8):
-        s.offer("tool", T0 + 0.0125 * i, f"tool{i}")
-    s.offer("left", T0, "l0")
-    s.offer("left", T0 + 0.05, "l1")
-    s.offer("right", T0 + 0.001, "r0")
-    found, reason = s.latest(T0 + 0.1)
-    assert reason == "" and found == (T0 + 0.001, {"left": "l0", "right": "r0", "tool": "tool0"})
-    s.offer("right", T0 + 0.051, "r1")
-    assert s.latest(T0 + 0.1)[0] == (T0 + 0.05, {"left": "l1", "right": "r1", "tool": "tool4"})
-
-
-def test_no_observation_comes_with_its_reason():
-    s = sync()
-    assert s.latest(T0) == (None, "nothing yet from left, right, tool")
-    for source in ("left", "right", "tool"):
-        s.offer(source, T0, source)
-    assert "older than 0.15 s" in s.latest(T0 + 0.2)[1]
-    s.offer("left", T0 + 1, "l")
-    s.offer("right", T0 + 1, "r")
-    assert s.latest(T0 + 1)[1].startswith("tool not within")
-
-
-def test_frozen_stamps_are_refused_and_a_clock_that_jumps_back_pairs_nothing():
-    s = sync()
-    assert s.offer("left", T0, "a") is None
-    assert s.offer("left", T0, "b") == "left repeats its stamp"
-    s.offer("right", T0, "r")
-    s.offer("tool", T0, "t")
-    assert s.offer("left", T0 - 10, "c") is None
-    assert s.latest(T0 - 10)[1] == "nothing yet from right, tool"
-
-
-# ---- inference
-
-
-def frame(stamp):
-    return SimpleNamespace(stamp=stamp)
-
-
-class Recorder:
-    def __init__(self):
-        self.calls, self.entered, self.go = [], threading.Semaphore(0), threading.Semaphore(0)
-
-    def predict(self, history, *, seed):
-        self.calls.append(([o.stamp for o in history], seed))
-        self.entered.release()
-        assert self.go.acquire(timeout=5)
-        return SimpleNamespace(stamp=history[-1].stamp)
-
-
-def make_loop(policy, **overrides):
-    chunks, errors = [], []
-    options = {"n_obs_steps": 2, "obs_dt": 0.05, "seed": 3, "clock": lambda: 0.0, **overrides}
-    return PolicyLoop(policy, on_chunk=chunks.append, on_error=errors.append, **options), chunks, errors
-
-
-def test_history_is_spaced_by_obs_dt_and_ends_at_a_gap():
-    loop, _, _ = make_loop(Recorder(), n_obs_steps=3)
-    for i in (0, 2, 3, 4, 6, 8):  # 12.5 ms apart, some missing
-        loop.offer(frame(T0 + 0.0125 * i))
-    assert [o.stamp for o in loop.history()] == [T0, T0 + 0.05, T0 + 0.1]
-    loop.clear()
-    for i in (0, 8, 12):
-        loop.offer(frame(T0 + 0.0125 * i))
-    assert [o.stamp for o in loop.history()] == [T0 + 0.1, T0 + 0.15]
-    loop.clear()
-    loop.offer(frame(T0))
-    assert [o.stamp for o in loop.history()] == [T0]
-
-
-def test_loop_predicts_from_the_newest_observation_once_and_forgets_at_clear():
-    policy = Recorder()
-    loop, chunks, errors = make_loop(policy)
-    loop.start()
-    loop.offer(frame(T0))
-    assert policy.entered.acquire(timeout=5)
-    loop.offer(frame(T0 + 0.05))
-    loop.offer(frame(T0 + 0.10))
-    loop.offer(frame(T0 + 0.02))  # goes back: ignored
-    policy.go.release()
-    assert policy.entered.acquire(timeout=5)
-    assert [stamps for stamps, _ in policy.calls] == [[T0], [T0 + 0.05, T0 + 0.10]]
-    loop.clear()  # an episode ends while it predicts
-    loop.offer(frame(T0 + 0.20))
-    policy.go.release(2)
-    assert policy.entered.acquire(timeout=5)
-    loop.stop()
-    assert [c.stamp for c in chunks] == [T0, T0 + 0.20], "the prediction of the old episode is thrown away"
-    assert errors == [] and len({seed for _, seed in policy.calls}) == 3
-    assert loop.inference.count == 3
-
-
-def test_loop_waits_for_its_interval():
-    policy = Recorder()
-    policy.go.release(9)
-    loop, _, _ = make_loop(policy, interval=0.1)
-    loop.start()
-    loop.offer(frame(T0))
-    assert policy.entered.acquire(timeout=5)
-    loop.offer(frame(T0 + 0.05))
-    assert not policy.entered.acquire(timeout=0.1)
-    loop.offer(frame(T0 + 0.1))
-    assert policy.entered.acquire(timeout=5)
-    loop.stop()
-
-
-def test_loop_hands_over_what_the_policy_raises():
-    class Broken:
-        def predict(self, history, *, seed):
-            raise ValueError("no such camera")
-
-    loop, chunks, errors = make_loop(Broken())
-    loop.start()
-    loop.offer(frame(T0))
-    loop._thread.join(5)
-    assert [str(e) for e in errors] == ["no such camera"] and chunks == []
-
-
 # ---- diagnostics
 
 
@@ -291,7 +160,7 @@ from robot_io.nodes.guard import GuardNode
 from robot_io.core.guard import GuardConfig
 contract = json.loads(sys.argv[1])
 config = GuardConfig(1 / 160, 0.1, 0.1, 1.0, 0.05, 0.25)
-node = GuardNode(open_bus("dds", "guard", 77), config, {"embodiment": contract, "hash": "0"})
+node = GuardNode(open_bus("dds", "guard", 77), config, contract, require_preflight=False)
 node.bus.spin(0.1)
 node.stop()
 node.bus.spin(1.0)
