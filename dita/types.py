@@ -108,15 +108,18 @@ class CameraSpec:
 
 @dataclass(frozen=True)
 class JointLimits:
-    """What the guard lets out, joint by joint, for joint commands; one value per name, SI."""
+    """What the guard lets out, joint by joint, for joint commands; one value per name, SI.
+
+    It refuses to arm where one is missing or null, by the joint's name.
+    """
 
     names: tuple[str, ...]
-    low: tuple[float, ...]  # [rad]
-    high: tuple[float, ...]
-    velocity: tuple[float, ...]  # [rad/s]
-    acceleration: tuple[float, ...]  # [rad/s^2]
-    jerk: tuple[float, ...]  # [rad/s^3]
     max_lag: float  # leash |commanded - measured| of each joint [rad]
+    low: tuple[float | None, ...] | None = None  # [rad]
+    high: tuple[float | None, ...] | None = None
+    velocity: tuple[float | None, ...] | None = None  # [rad/s]
+    acceleration: tuple[float | None, ...] | None = None  # [rad/s^2]
+    jerk: tuple[float | None, ...] | None = None  # [rad/s^3]
 
 
 @dataclass(frozen=True)

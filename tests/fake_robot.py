@@ -68,7 +68,7 @@ class PointEnv:
 
     def observe(self) -> Any:
         image = np.zeros((24, 32, 3), np.uint8)
-        image[0, 0] = np.clip(255 * self.hand, 0, 255)
+        image[0, 0] = np.clip(100 + 150 * self.hand, 0, 255)  # a picture that changes wherever it moves
         return SimpleNamespace(images={"corner": image}, state=self._state())
 
     def warnings(self) -> dict[str, int]:

@@ -25,7 +25,7 @@ from guard_arm import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dita.embodiment import embodiment_to_dict, load_embodiment
+from dita.embodiment import embodiment_from_dict, embodiment_to_dict, load_embodiment
 from robot_io.core.chunk_buffer import Chunk, ChunkBuffer
 from robot_io.core.guard import INSET, Guard, GuardConfig
 from robot_io.core.limits import Envelope, parse_robot
@@ -1218,3 +1218,42 @@ def test_frames_that_cannot_be_followed_are_named():
         parse_robot(embodiment("position", frame="tool"))
     with pytest.raises(ValueError, match="an absolute pose is in the base frame"):
         parse_robot(embodiment("pose", "absolute", frame="tool"))
+
+
+def plain(values):
+    """Give fields and axes the slots that dita asks for."""
+    slot = 0
+    for f in (*values["state"], *values["action"]):
+        f["slot"], slot = slot, slot + f["size"]
+    return values
+
+
+def test_an_embodiment_file_carries_limits_and_driver_to_the_guard():
+    values = plain(embodiment("joint"))
+    values["limits"]["joints"]["jerk"][0] = None
+    values["limits"].update(
+        keep_out=[{"low": [0, 0, 0], "high": [1, 1, 1]}],
+        capsules=[{"link": "a", "radius": 0.1, "start": [0, 0, 0], "end": [0, 0, 1]}],
+        ignore_pairs=[["a", "b"]],
+    )
+    spec = embodiment_from_dict(values)
+    assert embodiment_from_dict(embodiment_to_dict(spec)) == spec
+    with pytest.raises(ValueError, match=r"no limits.joints.jerk for joint7: the guard"):
+        parse_robot(embodiment_to_dict(spec))
+    robot = parse_robot(embodiment_to_dict(spec), need_limits=False)
+    assert robot.limits.margin == 0.01 and robot.limits.ignore_pairs == (("a", "b"),)
+    np.testing.assert_array_equal(robot.limits.keep_out[0], [[0, 0, 0], [1, 1, 1]])
+    assert robot.limits.capsules[0]["radius"] == 0.1 and robot.driver.joints == tuple(JOINTS)
+    values["limits"]["joints"]["jerk"] = None
+    assert embodiment_from_dict(values).limits.joints.jerk is None
+
+
+def test_an_embodiment_from_before_drivers_is_read_as_it_was():
+    values = plain(copy.deepcopy(EMBODIMENT))
+    assert "driver" not in values and "joints" not in values["limits"]
+    spec = embodiment_from_dict(values)
+    assert spec.driver is None and spec.limits.joints is None
+    assert parse_robot(embodiment_to_dict(spec)).driver == parse_robot(values).driver
+    driver = parse_robot(values).driver
+    assert (driver.command, driver.command_topic, driver.pose_topic) == ("pose", "/target_pose", "/tool_pose")
+    assert (driver.gripper_direction, driver.gripper_hysteresis, driver.required_mode) == (-1, 0.0, None)
