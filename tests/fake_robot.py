@@ -68,7 +68,7 @@ class PointEnv:
 
     def observe(self) -> Any:
         image = np.zeros((24, 32, 3), np.uint8)
-        image[0, 0] = np.clip(255 * self.hand, 0, 255)
+        image[0, 0] = (1000 * self.hand).astype(int) % 256  # changes wherever the hand goes: a camera that lives
         return SimpleNamespace(images={"corner": image}, state=self._state())
 
     def warnings(self) -> dict[str, int]:
