@@ -78,9 +78,8 @@ def _dita(role: str) -> None:
     try:
         from dita.cli import main as dita
     except ImportError as e:
-        _end(
-            f"{role}: {(e.name or str(e)).partition('.')[0]} is not in {sys.executable}: run `dita robot {role}` in dita's own environment"
-        )
+        missing = (e.name or str(e)).partition(".")[0]
+        _end(f"{role}: {missing} is not in {sys.executable}: run `dita robot {role}` in dita's own environment")
     raise SystemExit(dita(["robot", role, *sys.argv[1:]]))
 
 
