@@ -268,6 +268,7 @@ class EvalConfig:
     videos: int  # episodes per task written as mp4
     device: str
     threads: int
+    guard: bool  # the robot's guard between policy and simulator, without latency
 
     def __post_init__(self) -> None:
         _require_positive(self, "eval", "episodes", "n_envs", "batch_size")
@@ -288,6 +289,26 @@ class DemoConfig:
     train_experiment: str  # training recipe in configs/experiment
     eval_episodes: int  # unseen starts per task
     live_episodes: int  # in total; the tasks take turns
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    """`dita robot preflight`: the checklist before the first motion."""
+
+    data: tuple[str, ...]  # training stores to compare with; empty: the sample in the policy folder
+    save: bool  # write that sample, from `data`
+    windows: int  # training windows to compare with and to replay
+    listen: float  # [s]
+    replay: bool  # send training windows through topics, policy and guard
+    replay_domain: int  # where nobody else is
+    move: bool  # close and open the gripper
+    stay: bool  # until Ctrl-C, for a guard that starts later
+    out: str  # folder; gets preflight.json
+
+    def __post_init__(self) -> None:
+        _require(self.windows > 0, f"robot.preflight.windows must be positive, got {self.windows}")
+        _require(self.listen > 0, f"robot.preflight.listen must be positive, got {self.listen}")
+        _require(not self.save or bool(self.data), "robot.preflight.save samples preflight.data: name its stores")
 
 
 @dataclass(frozen=True)
@@ -315,15 +336,37 @@ class LiveConfig:
     guard_embodiment: str | None  # guard: its own file or a shipped name; None: that of env
     require_preflight: bool  # guard: refuse to arm until the preflight passed; `live`, in simulation, does not ask
     command_timeout: float  # twin: the driver's
+    driver_hz: float  # twin: of arm and states, where the environment can follow commands between control steps
+    inject: bool  # twin: have faults on request
+    expert: bool  # twin: publish the environment's expert as a teleoperator
     slop: float  # policy: spread of the stamps in one observation
     max_age: float  # policy: oldest observation to act on
     replan_interval: float  # policy: least time between two observations to plan from; 0: as fast as it can
+    mode: Literal["auto", "synchronous", "latency_compensated", "ensembling", "rtc"]  # how chunks follow each other
+    n_action_steps: int | None  # of a chunk before the next one; None: as few as its delay lets it
+    compressed: bool  # images come as CompressedImage
     num_inference_steps: int | None  # None: the checkpoint's
     device: str  # of the policy
     precision: Literal["fp32", "bf16"]
     path: Literal["auto", "graph", "compiled", "eager"]  # auto: CUDA graphs on a GPU; falls back, and says why
     start_timeout: float  # until every process has joined
     episode_timeout: float  # until an episode is over
+    command: str | None  # operator: one order; None: the console
+    store: str  # recorder: folder
+    instruction: str | None  # recorder: of episodes; None: what is on the topic
+    codec: Literal["raw", "jpeg"]  # recorder
+    record_gap: float  # recorder: longest time without an executed step
+    record_seconds: float  # recorder: longest episode
+    record_mb: float  # recorder: pictures of one episode in memory
+    show: str | None  # black box: print this record
+    black_box_seconds: float  # kept
+    black_box_mb: float  # in memory
+    black_box_hz: float  # pictures per camera
+    black_box_after: float  # of a reaction, until it is written
+    black_box_interval: float  # between two records
+    black_box_records: int  # on disk
+    black_box_disk_mb: float
+    preflight: PreflightConfig
 
     def __post_init__(self) -> None:
         _require(self.episodes > 0, f"robot.episodes must be positive, got {self.episodes}")

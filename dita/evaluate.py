@@ -112,6 +112,7 @@ def evaluate(
         episodes = rollout(
             policy, config.env, spec.name, todo, timing,
             n_envs=config.n_envs, batch_size=config.batch_size, num_inference_steps=config.num_inference_steps,
+            guard=config.guard,
         )  # fmt: skip
         for episode in episodes:
             lines.write(canonical_json(asdict(episode)) + "\n")

@@ -17,14 +17,15 @@ from collections import Counter, deque
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Deque, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from robot_io import messages as m
 from robot_io.bus import COMMAND, LATCHED, STATE, Bus, open_bus
 from robot_io.core.diagnostics import Running
-from robot_io.core.limits import Limits, Robot, parse_robot
+from robot_io.core.limits import Bounds, Robot, parse_robot
+from robot_io.core.space import Space
 from robot_io.nodes import NODES, entry
 from robot_io.nodes.guard import load_robot
 from robot_io.nodes.topics import (
@@ -36,13 +37,13 @@ from robot_io.nodes.topics import (
     EPISODE_STATE,
     EXECUTED,
     GUARD_STATE,
-    TARGET_POSE,
     TOOL_POSE,
 )
 
 if TYPE_CHECKING:
     from dita.config import LiveConfig
 
+TOGETHER = ("twin", "policy", "guard", "blackbox")  # what `live` starts
 LAST_LINES = 12  # of a crashed child
 GAP_S = 0.05  # a longer pause in the command stream is a new stream
 QUEUE = 320  # of the judge: it must miss no command even if it is kept waiting for 2 s
@@ -117,49 +118,81 @@ class Children:
         self.close()
 
 
+COMMANDS = {"pose": m.POSE, "joint_trajectory": m.JOINT_TRAJECTORY, "position_array": m.ARRAY}  # what can be judged
+
+
+def command_of(robot: Robot, message: Any, arrived: float) -> Tuple[float, np.ndarray]:
+    """Return when a command is for [s] and the configuration that it asks for; an array has no stamp but its arrival.
+
+    Raises:
+        ValueError: a trajectory of other joints.
+    """
+    if robot.driver.command == "position_array":
+        return arrived, m.array_from_ros(message)
+    if robot.driver.command == "joint_trajectory":
+        names, values = list(message.joint_names), message.points[-1].positions
+        if sorted(names) != sorted(robot.driver.joints) or len(values) != len(names):
+            raise ValueError(f"a command for {names}, the robot has {list(robot.driver.joints)}")
+        return m.stamp_of(message), np.array([values[names.index(name)] for name in robot.driver.joints], float)
+    position, quaternion = m.pose_from_ros(message)
+    return m.stamp_of(message), np.concatenate([position, quaternion]) if robot.space.rotation else position
+
+
 class EnvelopeReader:
-    """Judge the commands on the wire by their own stamps.
+    """Judge the commands on the wire by their own stamps, in the robot's space.
 
     Divided differences: the k-th one of a path, times k!, is the k-th derivative at some time in between (mean value
     theorem), so a path inside the limits passes at any spacing of its samples. The bounds are widened by what the
-    stamps' resolution does to them.
+    stamps' resolution does to them. Rotations are taken as rotation vectors from a sample in the middle, whose
+    derivatives differ from the true ones by half the angle between samples: 2 % is allowed for it.
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, space: Space, bounds: Bounds) -> None:
+        self.space, self.bounds = space, bounds
         self.commands, self.non_finite, self.gaps = 0, 0, 0
         self.violations: Counter = Counter(speed=0, acceleration=0, jerk=0, workspace=0)
-        self.peaks = {"speed": 0.0, "acceleration": 0.0, "jerk": 0.0}
+        self.peaks = {"speed": 0.0, "acceleration": 0.0, "jerk": 0.0}  # of any group, in its own unit
         self._samples: Deque[Any] = deque(maxlen=4)
+        self._slack = np.array([2e-2 if name == "rotation" else 1e-3 for name in bounds.names])
 
-    def take(self, stamp: float, position: np.ndarray) -> None:
-        """Take one command [s, m]."""
+    def take(self, stamp: float, x: np.ndarray) -> None:
+        """Take one command: its time [s] and configuration."""
         self.commands += 1
-        if not np.all(np.isfinite(position)):
+        if not np.all(np.isfinite(x)):
             self.non_finite += 1
             return
         if self._samples and not 0 < stamp - self._samples[-1][0] <= GAP_S:
             self._samples.clear()
             self.gaps += 1
-        self._samples.append((stamp, position))
-        inside = np.all(position >= self.limits.workspace_low) and np.all(position <= self.limits.workspace_high)
+        self._samples.append((stamp, x))
+        n = self.space.linear
+        inside = np.all(x[:n] >= self.bounds.low[:n]) and np.all(x[:n] <= self.bounds.high[:n])
         self.violations["workspace"] += not inside
-        bounds = (self.limits.max_speed, self.limits.max_acceleration, self.limits.max_jerk)
-        for order, (name, bound) in enumerate(zip(self.peaks, bounds, strict=True), start=1):
+        limits = (self.bounds.speed, self.bounds.acceleration, self.bounds.jerk)
+        for order, (name, bound) in enumerate(zip(self.peaks, limits, strict=True), start=1):
             if len(self._samples) > order:
-                value = self._derivative(order)
-                self.peaks[name] = max(self.peaks[name], value)
+                values = self._derivative(order)
+                self.peaks[name] = max(self.peaks[name], float(np.max(values)))
                 shortest = min(b[0] - a[0] for a, b in pairwise(self._samples))
-                slack = 2**order * self.limits.max_speed * STAMP_S / shortest**order
-                self.violations[name] += value > bound * (1 + 1e-3) + slack
+                slack = 2**order * self.bounds.speed * STAMP_S / shortest**order
+                self.violations[name] += bool(np.any(values > bound * (1 + self._slack) + slack))
 
-    def _derivative(self, order: int) -> float:
+    def recent(self) -> List[Any]:
+        """Return the newest commands of the stream, oldest first, as (stamp, configuration)."""
+        return list(self._samples)
+
+    def speed(self) -> float:
+        """Return the newest commanded speed, the largest of any group [m/s or rad/s]; NaN at a stream's begin."""
+        return float(np.max(self._derivative(1))) if len(self._samples) > 1 else math.nan
+
+    def _derivative(self, order: int) -> np.ndarray:
         samples = list(self._samples)[-order - 1 :]
         times = [stamp - samples[0][0] for stamp, _ in samples]
-        values = [position for _, position in samples]
+        middle = samples[len(samples) // 2][1]
+        values = [self.space.difference(x, middle) for _, x in samples]
         for k in range(1, order + 1):
             values = [(b - a) / (times[i + k] - times[i]) for i, (a, b) in enumerate(pairwise(values))]
-        return math.factorial(order) * float(np.linalg.norm(values[0]))
+        return math.factorial(order) * self.bounds.norms(values[0])
 
     def to_dict(self) -> Dict[str, Any]:
         """Return plain values."""
@@ -193,7 +226,6 @@ class Judge:
         self._arrived: Optional[float] = None
         self._tick: Optional[float] = None
         bus.subscribe(CONTRACT, m.STRING, LATCHED, self._on_contract)
-        bus.subscribe(TARGET_POSE, m.POSE, replace(COMMAND, depth=QUEUE), self._on_command)
         bus.subscribe(CHUNK, m.CARTESIAN_TRAJECTORY, replace(COMMAND, depth=QUEUE), self._on_chunk)
         bus.subscribe(EXECUTED, m.CARTESIAN_TRAJECTORY, replace(STATE, depth=QUEUE), self._on_executed)
         bus.subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_guard)
@@ -206,13 +238,18 @@ class Judge:
             return
         self.contract = m.json_from_ros(message)
         self.robot = self._own or parse_robot(self.contract["embodiment"])
-        self.envelope = EnvelopeReader(self.robot.limits)
+        assert self.robot.bounds is not None
+        self.envelope = EnvelopeReader(self.robot.space, self.robot.bounds)
+        driver = self.robot.driver
+        if driver.command not in COMMANDS:
+            raise ValueError(f"commands as {driver.command} cannot be judged; there are {', '.join(COMMANDS)}")
+        qos = replace(COMMAND, depth=QUEUE)
+        self.bus.subscribe(driver.command_topic, COMMANDS[driver.command], qos, self._on_command)
 
     def _on_command(self, message: Any) -> None:
-        stamp, (position, _) = m.stamp_of(message), m.pose_from_ros(message)
-        self.last_command = position
-        if self.envelope is not None:
-            self.envelope.take(stamp, position)
+        assert self.robot is not None and self.envelope is not None
+        stamp, self.last_command = command_of(self.robot, message, self.bus.now())
+        self.envelope.take(stamp, self.last_command)
         now = self.bus.steady()
         if self._arrived is not None and self._tick is not None and 0 < stamp - self._tick <= GAP_S:
             self.periods.add(now - self._arrived)
@@ -256,8 +293,15 @@ class Judge:
             },
             "envelope": self.envelope.to_dict() if self.envelope else None,
             "guard": {name: float(value) for name, value in guard.items()},
-            "policy": {name: float(value) for name, value in self.diagnostics.get("policy", {}).items()},
+            "policy": {name: _plain(value) for name, value in self.diagnostics.get("policy", {}).items()},
         }
+
+
+def _plain(value: str) -> Any:
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _percentiles(seconds: Sequence[float]) -> Dict[str, Any]:
@@ -368,16 +412,19 @@ def _play_one(operator: Operator, config: "LiveConfig") -> Dict[str, Any]:
     return {**twin, **record, "chunks": latency["n"], "p50_ms": latency["p50"]}
 
 
-def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
-    """Return the arguments of each node's entry in `robot_io.nodes`."""
+def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[str, Any]]:
+    """Return the arguments of each node's entry in `robot_io.nodes`; `exist`: what to do with a recorder's store."""
     guard = {"tick_hz", "state_timeout", "stream_timeout", "hold_timeout", "max_skew", "clamp_margin"}
     values: Dict[str, Dict[str, Any]] = {
         "guard": {
             **{name: getattr(config, name) for name in guard},
-            "embodiment": _guards_file(config),
+            "embodiment": guards_file(config),
             "require_preflight": config.require_preflight,
         },
-        "twin": {"env": asdict(config.env), "command_timeout": config.command_timeout, "seed": config.seed},
+        "twin": {
+            "env": asdict(config.env),
+            **{name: getattr(config, name) for name in ("command_timeout", "seed", "driver_hz", "inject", "expert")},
+        },
         "policy": {
             "checkpoint": config.checkpoint,
             "embodiment": config.env.embodiment,
@@ -389,12 +436,48 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
             "slop": config.slop,
             "max_age": config.max_age,
             "interval": config.replan_interval,
+            "max_skew": config.max_skew,
+            "mode": config.mode,
+            "n_action_steps": config.n_action_steps,
+            "compressed": config.compressed,
         },
+        "recorder": {
+            "embodiment": config.env.embodiment,
+            "store": config.store,
+            "instruction": config.instruction or "",
+            "codec": config.codec,
+            "exist": exist,
+            "state_gap": config.slop,
+            "action_gap": config.record_gap,
+            "max_seconds": config.record_seconds,
+            "max_memory": round(config.record_mb * 1e6),
+        },
+        "blackbox": {
+            "embodiment": guards_file(config),
+            "folder": str(Path(config.out) / "black_box"),
+            "show": config.show,
+            "seconds": config.black_box_seconds,
+            "max_memory": round(config.black_box_mb * 1e6),
+            "image_hz": config.black_box_hz,
+            "after": config.black_box_after,
+            "interval": config.black_box_interval,
+            "max_records": config.black_box_records,
+            "max_bytes": round(config.black_box_disk_mb * 1e6),
+        },
+        "teleop": {"embodiment": guards_file(config), "instruction": config.instruction or ""},
+        "operator": {"embodiment": guards_file(config), "command": config.command},
+    }
+    shared = set(values["policy"]) - {"interval"}
+    values["preflight"] = {
+        **{name: values["policy"][name] for name in shared},
+        "embodiment": guards_file(config),
+        **{name: getattr(config, name) for name in ("state_timeout", "max_skew", "tick_hz", "clamp_margin")},
+        **asdict(config.preflight),
     }
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
 
 
-def _guards_file(config: "LiveConfig") -> str:
+def guards_file(config: "LiveConfig") -> str:
     """Return the embodiment file that the guard reads by itself."""
     from dita.embodiment import config_folder
 
@@ -403,25 +486,29 @@ def _guards_file(config: "LiveConfig") -> str:
     return str(Path(name).resolve() if is_file else config_folder() / "embodiment" / f"{name}.yaml")
 
 
-def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
+def commands_of(config: "LiveConfig", names: Sequence[str] = TOGETHER, exist: str = "error") -> Dict[str, List[str]]:
     """Return the command line of each process of a run in simulation, which needs no preflight."""
     python = [sys.executable, "-m", "robot_io.nodes"]
-    arguments = arguments_of(replace(config, require_preflight=False))
-    return {name: [*python, name, json.dumps(values), "--with-parent"] for name, values in arguments.items()}
+    arguments = arguments_of(replace(config, require_preflight=False), exist)
+    return {name: [*python, name, json.dumps(arguments[name]), "--with-parent"] for name in names}
 
 
 def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
-    """Run `live`, or one of its nodes by itself.
+    """Run `live` or `record`, or one node by itself.
 
     Raises:
         ValueError: no such role.
     """
     if role == "live":
         live(config, exist=exist)
+    elif role == "record":
+        from robot_io.record import record
+
+        record(config, exist=exist)
     elif role in NODES:
-        entry(role)(**arguments_of(config)[role])
+        entry(role)(**arguments_of(config, exist)[role])
     else:
-        raise ValueError(f"no role {role!r}; there are live, {', '.join(NODES)}")
+        raise ValueError(f"no role {role!r}; there are live, record, {', '.join(NODES)}")
 
 
 def _bus_arguments(config: "LiveConfig") -> Dict[str, Any]:
@@ -456,13 +543,13 @@ def live(
         raise FileExistsError(f"{target} exists; --resume keeps it, --overwrite replaces it")
     slow = 1 / config.real_time_factor
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminate_as_interrupt())
+        stack.enter_context(terminate_as_interrupt())
         children = stack.enter_context(Children())
         for name, command in {**commands_of(config), **(commands or {})}.items():
             children.start(name, command)
         bus = open_bus(name="live", **_bus_arguments(config))
         stack.callback(bus.close)
-        judge = Judge(bus, load_robot(_guards_file(config))[0])
+        judge = Judge(bus, load_robot(guards_file(config))[0])
         operator = Operator(bus, judge, children)
         progress = stack.enter_context(_progress(config.episodes))
         _join(operator, config)
@@ -504,7 +591,7 @@ def _join(operator: Operator, config: "LiveConfig") -> None:
             if time.monotonic() > end:
                 operator.bus.wait_for_writer(topic, type, qos, 0.1)  # says what is there instead
             operator.bus.spin(0.05)
-    operator.until(lambda: operator.judge.robot is not None, 5.0, f"{CONTRACT} of the policy")
+    operator.until(lambda: operator.judge.robot is not None, READY_S, f"{CONTRACT} of the policy")
 
 
 def _settled(judge: Judge, bus: Bus) -> Callable[[], bool]:
@@ -536,7 +623,7 @@ def _write(target: Path, result: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Let SIGTERM unwind like Ctrl-C, so that the children are ended."""
     if threading.current_thread() is not threading.main_thread():
         yield

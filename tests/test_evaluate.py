@@ -30,7 +30,7 @@ def eval_config(tmp_path: Path, **changes) -> EvalConfig:
     env = EnvConfig("metaworld", "metaworld_sawyer", (BUTTON, REACH), max_steps=120, fast_render=True)
     config = EvalConfig(
         str(tmp_path / "eval"), env, episodes=2, seed=1_000_000, n_envs=2, batch_size=4, n_action_steps=None,
-        num_inference_steps=None, videos=1, device="cpu", threads=1,
+        num_inference_steps=None, videos=1, device="cpu", threads=1, guard=False,
     )  # fmt: skip
     return replace(config, **changes)
 

@@ -88,7 +88,7 @@ def write_eval(out: Path) -> None:
     env = EnvConfig("metaworld", "metaworld_sawyer", TASKS, max_steps=24, fast_render=True)
     config = EvalConfig(
         str(out), env, episodes=4, seed=1_000_000, n_envs=1, batch_size=8, n_action_steps=None,
-        num_inference_steps=None, videos=2, device="cpu", threads=1,
+        num_inference_steps=None, videos=2, device="cpu", threads=1, guard=False,
     )  # fmt: skip
     evaluate(Zero(SPEC), config, exist="error")
 
@@ -96,7 +96,7 @@ def write_eval(out: Path) -> None:
 def write_live(out: Path, latencies: list[float]) -> None:
     judge = Judge(SimpleNamespace(msg=None, subscribe=lambda *a: None))  # pyright: ignore[reportArgumentType]
     robot = parse_robot(EMBODIMENT)
-    judge.robot, judge.envelope, judge.contract = robot, EnvelopeReader(robot.limits), {"hash": "c0ffee"}
+    judge.robot, judge.envelope, judge.contract = robot, EnvelopeReader(robot.space, robot.bounds), {"hash": "c0ffee"}
     judge.envelope.take(0.0, np.array([0.0, 0.6, 0.2]))
     guard = Guard(robot, GuardConfig(1 / 160, 0.1, 0.1, 1.0, 0.05, 0.25))
     guard._count("R2", ODD)

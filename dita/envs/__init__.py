@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from dita.envs.base import RobotEnv
 
 # suite -> the module that holds `make(config, task) -> RobotEnv` and `TASKS`
-SUITES = {"metaworld": "dita.envs.metaworld"}
+SUITES = {"metaworld": "dita.envs.metaworld", "robosuite": "dita.envs.robosuite"}
+EXTRAS = {"metaworld": "sim-core", "robosuite": "sim"}  # suite -> the extra that installs it
 
 
 def make(config: EnvConfig, task: str) -> RobotEnv:
@@ -56,4 +57,4 @@ def _suite(name: str) -> ModuleType:
     try:
         return importlib.import_module(SUITES[name])
     except ModuleNotFoundError as e:
-        raise ValueError(f"suite {name} needs the package {e.name}: pip install 'dita[sim-core]'") from None
+        raise ValueError(f"suite {name} needs the package {e.name}: pip install 'dita[{EXTRAS[name]}]'") from None

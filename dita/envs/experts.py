@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float64
-from metaworld.policies import ENV_POLICY_MAP
+from scipy.spatial.transform import Rotation
 
 from dita.envs import expect_known
 
@@ -20,6 +20,8 @@ def metaworld_expert(task: str) -> Expert:
     Raises:
         ValueError: the task has no expert.
     """
+    from metaworld.policies import ENV_POLICY_MAP  # one suite's package may be there without the other's
+
     expect_known("scripted expert", task, ENV_POLICY_MAP)
     policy = ENV_POLICY_MAP[task]()
 
@@ -30,3 +32,57 @@ def metaworld_expert(task: str) -> Expert:
             return np.clip(np.asarray(policy.get_action(full_observation), np.float64), -1.0, 1.0)
 
     return act
+
+
+DOWN = np.array([0.0, 0.0, -1.0])
+ABOVE = 0.08  # [m] over a cube before going down
+LIFTED = 0.15  # [m] over where it lies
+STEP_M, STEP_RAD = 0.04, 0.2  # how far ahead of the tool a goal is: the arm's lag makes 0.2-0.4 m/s of it
+
+
+def lift_expert(
+    tool: Float64[np.ndarray, "3"],
+    turn: Rotation,
+    cube: Float64[np.ndarray, "3"],
+    facing: Rotation,
+    held: bool,
+) -> tuple[Float64[np.ndarray, "3"], Float64[np.ndarray, "3"], float]:
+    """Lift a cube: over it and square to it, down, close, up. No memory.
+
+    Args:
+        tool: position of the finger tips [m]; `turn` has their rotation, its z axis out of the hand.
+        cube: position of the cube's middle [m]; `facing` has its rotation.
+        held: both fingers touch it.
+
+    Returns:
+        where to go from here [m], how to turn from here (rotation vector, rad), and the gripper: 1 opens, -1 closes.
+    """
+    x, y, _ = facing.as_matrix().T
+    squares = [Rotation.from_matrix(np.stack([a, np.cross(DOWN, a), DOWN], 1)) for a in _level(x, -x, y, -y)]
+    turns = [(square * turn.inv()).as_rotvec() for square in squares]
+    rotate = min(turns, key=np.linalg.norm)
+    offset = cube - tool
+    aside, near = np.linalg.norm(offset[:2]), np.linalg.norm(offset) < 0.012
+    if held:
+        move = np.array([0.0, 0.0, LIFTED])
+    elif aside > 0.015 or np.linalg.norm(rotate) > 0.15:
+        move = offset + np.array([0.0, 0.0, ABOVE])
+    else:
+        move = offset
+    return _at_most(move, STEP_M), _at_most(rotate, STEP_RAD), -1.0 if held or near else 1.0
+
+
+def damped_least_squares(
+    jacobian: Float64[np.ndarray, "6 j"], twist: Float64[np.ndarray, "6"], damping: float = 0.05
+) -> Float64[np.ndarray, "j"]:
+    """Return the joint step for a tool step (Wampler 1986): small where the arm is close to singular."""
+    return jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + damping**2 * np.eye(6), twist)
+
+
+def _level(*axes: Float64[np.ndarray, "3"]) -> list[Float64[np.ndarray, "3"]]:
+    flat = [axis * (1.0, 1.0, 0.0) for axis in axes]
+    return [axis / np.linalg.norm(axis) for axis in flat if np.linalg.norm(axis) > 0.5]
+
+
+def _at_most(vector: Float64[np.ndarray, "3"], length: float) -> Float64[np.ndarray, "3"]:
+    return vector * min(1.0, length / max(1e-9, float(np.linalg.norm(vector))))

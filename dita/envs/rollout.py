@@ -20,6 +20,7 @@ from jaxtyping import Float32
 from dita.config import EnvConfig
 from dita.envs import make
 from dita.envs.base import RobotEnv
+from dita.envs.guarded import Guarded, shipped_guard
 from dita.envs.video import write_mp4
 from dita.envs.workers import Worker, answered
 from dita.types import ActionChunk, EmbodimentSpec, RawObservation
@@ -126,8 +127,8 @@ class Turn:
 class Player:
     """Lives in a worker process: plays one episode after the other, chunk by chunk."""
 
-    def __init__(self, config: EnvConfig, timing: Timing) -> None:
-        self.config, self.timing = config, timing
+    def __init__(self, config: EnvConfig, timing: Timing, guard: bool = False) -> None:
+        self.config, self.timing, self.guard = config, timing, guard
         self._env: RobotEnv | None = None
 
     def start(self, start: Start) -> Turn:
@@ -136,6 +137,7 @@ class Player:
         env.reset(seed=start.seed, options={"task": start.task})
         self._start, self._recorder = start, Recorder(start, env) if start.record else None
         self._frames: dict[int, RawObservation] = {0: env.observe()}
+        self._guarded = Guarded(env, shipped_guard()) if self.guard else None
         return self._turn()
 
     def run(self, values: Float32[np.ndarray, "n a"] | None) -> Turn:
@@ -146,8 +148,16 @@ class Player:
             return self._end("an action is not finite")
         if self._recorder:
             self._recorder.chunk(values)
+        guarded = self._guarded if values is not None else None
+        if guarded is not None and values is not None:
+            guarded.chunk(values)
         for i in range(self.timing.n_action_steps):
-            action = env.expert_action() if values is None else values[i]
+            if guarded is not None:
+                action = guarded.action()
+                if fault := guarded.fault():
+                    return self._end(f"guard: {fault}")
+            else:
+                action = env.expert_action() if values is None else values[i]
             _, _, _, truncated, _ = env.step(action)
             if self._recorder:
                 self._recorder.step(action)
@@ -242,18 +252,20 @@ def rollout(
     n_envs: int,
     batch_size: int,
     num_inference_steps: int | None = None,
+    guard: bool = False,
 ) -> Iterator[EpisodeResult]:
     """Play every start and yield the results as they end.
 
     The policy is called as soon as a batch of environments waits for it, while the others simulate: with n_envs twice
-    the batch_size neither side idles. A free environment takes the next start.
+    the batch_size neither side idles. A free environment takes the next start. With `guard`, the robot's guard stands
+    between chunks and environment, and its faults end an episode.
 
     Raises:
         RuntimeError: a worker process died; names its episode.
         ValueError: unknown task, a policy that does not fit, or a chunk shorter than n_action_steps.
     """
     waiting = deque(starts)
-    workers = [Worker(Player, env, timing) for _ in range(min(n_envs, len(starts)))]
+    workers = [Worker(Player, env, timing, guard) for _ in range(min(n_envs, len(starts)))]
     playing: dict[Worker, _Playing] = {}
     ready: dict[Worker, Sequence[RawObservation]] = {}  # those of them that wait for the policy
     try:

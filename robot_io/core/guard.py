@@ -9,9 +9,10 @@ import dataclasses
 import logging
 import math
 import os
+import re
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Deque, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Deque, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -19,11 +20,12 @@ from robot_io.core.chunk_buffer import EARLY, Chunk, ChunkBuffer, Step
 from robot_io.core.diagnostics import Running
 from robot_io.core.limits import Envelope, Robot
 from robot_io.core.state_machine import State, StateMachine
-from robot_io.core.tracker import Tracker
+from robot_io.core.tracker import Motion, Tracker
 
 INSET = 1e-6  # [m or rad] that goals stay inside the position limits: more than rounding
 HISTORY_S = 2.0  # how far back measured and sent positions are kept
 MAX_TICKS = 2  # a tick later than this many periods is an overrun
+GAP_S = 0.05  # after a longer pause the arm is taken to rest at the last command: drivers time out, readers start anew
 GROSS = 20.0  # half ranges beyond a field's limits: another unit, not a strange action
 OUTSIDE = 0.02  # of a position's range that a measurement may be outside of it: calibration, soft stops
 JUMP_SPEEDS = 2.0  # times the speed limit, on top of the leash, that a measurement may move
@@ -32,6 +34,7 @@ SELF_CHECK_S = 1.0  # after a gripper command, within which the gripper's direct
 SELF_CHECK_MOVE = 0.1  # of the gripper's range: smaller moves show nothing
 TOOL_SHARE = 0.95  # of the tool's speed limit, for joint commands: the Jacobian changes a little while they brake
 STOPS = ("protective_stop", "emergency_stop")  # driver modes in which nothing may be commanded
+NUMBER = re.compile(r"-?\d+\.\d+")  # measured values in a reason: its counter is one for all of them
 UNSAFE_FLAG = "DITA_UNSAFE_TEST"  # environment variable that must be 1 for `unsafe_checks_off`
 
 
@@ -106,11 +109,22 @@ class Guard:
         self.approval = False
         self.pending: Optional[Chunk] = None  # waits for approval
         self._low, self._high = self.bounds.low + INSET, self.bounds.high - INSET
+        self._action_low, self._action_high = _action_limits(robot)
         self._measured: Deque[Tuple[float, np.ndarray]] = deque()
         self._sent: Deque[Tuple[float, np.ndarray]] = deque()  # (start of the step, how far the goal moved)
         self._bad: Deque[float] = deque(maxlen=3)  # when the last chunks that were not finite came
         self._covered = math.inf  # until when there is an action; inf before the first one
+        self._alive: Optional[float] = None  # the last sign of life, once there was one
         self._held_since = 0.0
+        self._fresh_by = -math.inf  # until when stale state is only held, after a jump of the clock
+        self._jumped = ""  # what `on_state` found, for the next tick
+        self._over = 0  # steps in a row that were far outside the action's limits
+        self._silent = False  # the driver stopped: send nothing until armed again
+        self._wanted: Optional[float] = None  # gripper, before hysteresis and dwell
+        self._gripper_moved = -math.inf
+        self._opening: Optional[float] = None  # measured gripper
+        self._check: Optional[Tuple[float, float, float]] = None  # (time, opening, direction) of a gripper command
+        self._polarity = ""  # what the gripper's self-check found
 
     @property
     def state(self) -> State:
@@ -120,15 +134,36 @@ class Guard:
     # ---- inputs
 
     def on_state(self, stamp: float, configuration: np.ndarray, gripper: Optional[float] = None) -> None:
-        """Take a measured configuration; one that is not finite or goes back in time is dropped."""
-        if not np.all(np.isfinite(configuration)):
+        """Take a measured configuration, and the gripper's measured opening where there is one.
+
+        One that is not finite or a little late is dropped. One that no arm could have come to, or out of its range, is
+        a fault: another unit, another joint, another robot.
+        """
+        x = np.asarray(configuration, float)
+        if not np.all(np.isfinite(x)):
             self._count("R0", "state not finite")
-        elif self._measured and stamp <= self._measured[-1][0]:
-            self._count("R0", "state out of order")
-        else:
-            self._measured.append((stamp, self.space.normal(configuration)))
-            while self._measured[0][0] < stamp - HISTORY_S:
-                self._measured.popleft()
+            return
+        problem = self.space.problem(x)
+        if problem is not None:
+            self.fault(f"measured state: {problem}", stamp)
+            return
+        x = self.space.normal(x)
+        if self._measured and stamp <= self._measured[-1][0]:
+            back = self._measured[-1][0] - stamp
+            if back <= self.config.max_skew:
+                self._count("R0", "state out of order")
+                return
+            self._jumped = f"the stamps of the measured {self._what()} jumped back by {back:.3f} s"
+            self._measured.clear()
+        problem = self._state_problem(stamp, x)
+        if problem is not None:
+            self.fault(problem, stamp)
+        self._measured.append((stamp, x))
+        while self._measured[0][0] < stamp - HISTORY_S:
+            self._measured.popleft()
+        if gripper is not None and math.isfinite(gripper):
+            self._opening = gripper
+            self._check_gripper(stamp)
 
     def on_chunk(self, chunk: Chunk, now: float) -> Optional[str]:
         """Take a chunk; return what was wrong with it, if anything."""
@@ -139,24 +174,49 @@ class Guard:
         shape = self._shape_problem(chunk)
         if shape is not None:
             return self._count("R0", shape)
-        if not (np.all(np.isfinite(chunk.motion)) and (chunk.gripper is None or np.all(np.isfinite(chunk.gripper)))):
-            self._bad.append(now)
-            if len(self._bad) == 3 and now - self._bad[0] <= 1.0:
-                return self.fault("3 chunks that are not finite within 1 s", now)
-            return self.hold("chunk not finite", now)
-        if chunk.stamp > now + self.config.max_skew:
-            return self._count("R0", "chunk from the future")
-        clamped, excess = self._clamp(chunk)
-        if excess > self.config.clamp_margin:
-            return self.hold("action out of range", now)
-        dropped = self.buffer.offer(clamped, now)
+        if not self.config.unsafe_checks_off:
+            problem = self._content_problem(chunk, now)
+            if problem is not None:
+                return problem
+        if not self.approval:
+            return self._accept(chunk, now)
+        if self.pending is not None and chunk.stamp <= self.pending.stamp:
+            return self._count("R0", "out-of-order chunk")
+        if self.pending is None:  # what an operator looks at stays until it is answered
+            self.pending = chunk
+        else:
+            self.counts["chunks while one waits"] += 1
+        return None
+
+    def _accept(self, chunk: Chunk, now: float) -> Optional[str]:
+        """Let a chunk be executed in place of the older one."""
+        if not self._is_fresh(now):
+            return self._count("R0", "chunk before fresh state")
+        dropped = self.buffer.offer(chunk, now)
         if dropped is not None:
             return self._count("R0", dropped)
-        if excess > 1e-6:
-            self._count("R1", "action clamped")
+        if self._alive is not None:
+            self._alive = now
         if self.machine.apply("resume", "a good chunk"):
             self._rebase(self._stopping_point())
         return None
+
+    def on_heartbeat(self, source: str, now: float) -> None:
+        """Take a sign of life of a source of chunks; once there was one, its absence is R2 as that of actions is."""
+        if source == self.active:
+            self._alive = now
+
+    def on_clock_jump(self, by: float, now: float) -> None:
+        """Take that the wall clock has jumped by [s]; `now` is on the new one. Nothing is paired across the jump."""
+        self.hold(f"the wall clock jumped by {by:.3f} s", now)
+        self._held_since, self._fresh_by, self._alive = now, now + FRESH_S, None
+        self._measured.clear()
+        self._sent.clear()
+        self._bad.clear()
+        self.buffer.clear(since=now)
+        self.pending = self._check = None
+        self._gripper_moved += by
+        self._rebase(self.goal)
 
     def on_writers(self, others: Sequence[str], now: float) -> None:
         """Take the names of the other writers on the command topic; any is a fault."""
@@ -165,11 +225,13 @@ class Guard:
             self.fault(f"a second writer on the command topic: {', '.join(others)}", now)
 
     def on_mode(self, mode: str, now: float) -> None:
-        """Take the driver's mode."""
+        """Take the driver's mode; in one that stops the arm nothing is sent, until it is over and somebody arms."""
         self.mode = mode
         problem = self._mode_problem()
         if problem is not None:
             self.fault(problem, now)
+            self._silent = True
+            self._at_rest(self.tracker.configuration)
 
     def on_problem(self, reason: str, reaction: str, now: float) -> str:
         """React to what a node sees, with "R0", "R2" or "R3"."""
@@ -187,10 +249,31 @@ class Guard:
             raise ValueError(f"guard: a speed scale lies in (0, 1], got {scale}")
         self.speed_scale = self.tracker.scale = scale
 
+    def approve(self, chunk_id: int, now: float) -> None:
+        """Execute the chunk that waits for approval, beginning now.
+
+        Raises:
+            ValueError: no such chunk waits, or it cannot be executed; says why.
+        """
+        chunk = self.pending
+        if chunk is None or chunk.id != chunk_id:
+            waits = "none waits" if chunk is None else f"chunk {chunk.id} waits"
+            raise ValueError(f"guard: chunk {chunk_id} does not wait for approval; {waits}")
+        self.pending = None
+        first = now + 2 * self.config.tick  # the next tick's command is for the one after it
+        reason = self._accept(dataclasses.replace(chunk, stamp=first), now)
+        if reason is not None:
+            raise ValueError(f"guard: chunk {chunk_id} was not executed: {reason}")
+
+    def leave_out(self, chunk_id: int) -> None:
+        """Forget the chunk that waits for approval, so that the next one waits; another id changes nothing."""
+        if self.pending is not None and self.pending.id == chunk_id:
+            self.pending = None
+
     def take_over(self, source: str, now: float) -> None:
         """Execute the chunks of `source` only, beginning from the last command."""
         if source != self.active:
-            self.active, self.pending = source, None
+            self.active, self.pending, self._alive = source, None, None
             self.buffer.clear(since=now)
             self._rebase(self._stopping_point())
 
@@ -202,7 +285,8 @@ class Guard:
         """Begin to execute, with the measured configuration as the first goal.
 
         After a fault the stream of commands goes on, smoothly, from where it was held; from IDLE it begins at the
-        measured configuration.
+        measured configuration. The gripper keeps its last command after a fault; from IDLE it has none until a chunk
+        brings one, so it never moves by itself.
 
         Raises:
             ValueError: it is not safe to; names every reason.
@@ -213,15 +297,17 @@ class Guard:
         if problems:
             raise ValueError(f"not armed: {'; '.join(problems)}")
         measured = self._measured[-1][1]
+        if self.state is State.IDLE or self._silent:
+            self._at_rest(measured)
         if self.state is State.IDLE:
-            self.tracker.restart(measured)
-            self.envelope.restart(measured)
+            self.gripper = None
         self.buffer.clear(since=now)
         self._sent.clear()
         self._bad.clear()
-        self.gripper = None
+        self.pending = self._check = self._alive = None
+        self._over, self._silent, self._fresh_by = 0, False, -math.inf
         self._rebase(measured)
-        self.machine.apply("arm", "armed")
+        self.machine.apply("arm", "armed, WITH THE CHECKS OFF" if self.config.unsafe_checks_off else "armed")
 
     def disarm(self, reason: str = "disarmed") -> None:
         """Decelerate, then send nothing."""
@@ -229,6 +315,8 @@ class Guard:
 
     def hold(self, reason: str, now: float) -> str:
         """React with R2: decelerate from the last command and hold."""
+        if self.config.unsafe_checks_off:
+            return self._count("R0", reason)
         if self.machine.apply("hold", reason):
             self._held_since = now
             self._count("R2", reason)
@@ -236,6 +324,8 @@ class Guard:
 
     def fault(self, reason: str, now: float) -> str:
         """React with R3: as R2, until somebody arms again."""
+        if self.config.unsafe_checks_off:
+            return self._count("R0", reason)
         if self.machine.apply("fault", reason):
             self._count("R3", reason)
         return reason
@@ -249,38 +339,58 @@ class Guard:
             now: [s], on the grid of ticks.
             periods: ticks since the last call; more than one means that the process came late.
         """
-        if self.state is State.IDLE and not self.tracker.moving:
+        if self._silent or (self.state is State.IDLE and not self.tracker.moving):
             return None, None
         self._watch(now)
         if periods > MAX_TICKS:
             self.hold("tick overrun", now)
+        if periods * self.config.tick > GAP_S:
+            self._at_rest(self.tracker.configuration)
             periods = 1
         executed = None
         for late in reversed(range(periods)):
             arrival = now - late * self.config.tick + self.config.tick  # a command is for the time of the next one
             executed = (self._compose(arrival) if self.state is State.ARMED else None) or executed
+            self._move_gripper(arrival)
             self._gate(arrival)
         motion = self.tracker.motion
         return Command(now, motion.configuration, motion.velocity, self.gripper), executed
 
     def _watch(self, now: float) -> None:
-        age = now - self._measured[-1][0]
-        if age > self.config.state_timeout:
-            self.fault(f"state older than {self.config.state_timeout} s", now)
-        if age < -self.config.max_skew:
-            self.fault("state from the future", now)
-        if self.state is State.ARMED and now - self._covered > self.config.stream_timeout:
-            self.hold(f"no action for {self.config.stream_timeout} s", now)
+        self._watch_state(now)
+        timeout = self.config.stream_timeout
+        if self.state is State.ARMED and not self.approval and now - self._covered > timeout:
+            self.hold(f"no action for {timeout} s", now)
+        if self.state is State.ARMED and self._alive is not None and now - self._alive > timeout:
+            self.hold(f"no sign of life from {self.active} for {timeout} s", now)
         if self.state is State.HOLDING and now - self._held_since > self.config.hold_timeout:
             self.fault(f"held for {self.config.hold_timeout} s ({self.machine.reason})", now)
+
+    def _watch_state(self, now: float) -> None:
+        if self._jumped:
+            self.hold(self._jumped, now)
+            self._jumped, self._fresh_by = "", now + FRESH_S
+        if self._is_fresh(now):
+            lag = self.bounds.norms(self.space.difference(self.tracker.configuration, self._measured[-1][1]))
+            for i in np.flatnonzero(lag > 2 * self.bounds.lag):
+                self.fault(f"{self.bounds.names[i]} is {lag[i]:.3f} away from its command", now)
+        elif now > self._fresh_by:
+            age = now - self._measured[-1][0] if self._measured else math.inf
+            late = f"older than {self.config.state_timeout} s" if age > 0 else "from the future: compare the clocks"
+            self.fault(f"state {late}", now)
 
     def _compose(self, time: float) -> Optional[Executed]:
         """Move the goal by the step that is due, once per step and never per tick."""
         step = self.buffer.due(time)
         if step is None:
             return None
+        row = self._clamp(step, time)
+        if self.state is not State.ARMED:
+            return None
         before = self.goal
-        self.goal = self._leash(self._target(step))
+        self.goal = self._target(step, row)
+        if not self.config.unsafe_checks_off:
+            self.goal = self._inside(self._leash(self.goal))
         self._from, self._step_start = before, step.start
         if step.first:
             self._log_residual(step)
@@ -289,14 +399,30 @@ class Guard:
         while self._sent[0][0] < time - HISTORY_S:
             self._sent.popleft()
         if step.chunk.gripper is not None:
-            self.gripper = float(step.chunk.gripper[step.index])  # zero-order hold: never interpolated
+            self._want_gripper(float(step.chunk.gripper[step.index]))
+            self._move_gripper(time)
         self._covered = step.end
         self.counts["steps"] += 1
         return Executed(step, self.goal, moved, self.gripper, step.chunk.source)
 
-    def _target(self, step: Step) -> np.ndarray:
+    def _clamp(self, step: Step, time: float) -> np.ndarray:
+        """Return a step's motion inside the action's limits; too many far outside are held."""
+        row = step.chunk.motion[step.index]
+        if self.config.unsafe_checks_off:
+            return row
+        clamped = np.clip(row, self._action_low, self._action_high)
+        excess = _excess(row, self._action_low, self._action_high)
+        if np.max(excess) > 1e-6:
+            self._count("R1", "action clamped")
+        self._over = self._over + 1 if np.max(excess) > self.config.clamp_margin else 0
+        if self._over > self.config.clamp_steps:
+            self._over = 0
+            self.hold(f"{self._axis(int(np.argmax(excess)))} out of the action's limits for too long", time)
+        return clamped
+
+    def _target(self, step: Step, row: np.ndarray) -> np.ndarray:
         """Return where a step wants the goal."""
-        row, reference = step.chunk.motion[step.index], self.robot.motion.reference
+        reference = self.robot.motion.reference
         if reference is None:
             return self.space.normal(row)
         if reference == "commanded":
@@ -307,7 +433,7 @@ class Guard:
         return self.space.delta(start, row)
 
     def _leash(self, goal: np.ndarray) -> np.ndarray:
-        """Keep the goal inside the position limits and near the measured configuration."""
+        """Keep a goal near the measured configuration."""
         measured = self._measured[-1][1]
         lag = self.space.difference(goal, measured)
         distances = self.bounds.norms(lag)
@@ -315,9 +441,10 @@ class Guard:
             self.counts["leash_hits"] += 1
             shares = np.minimum(1.0, self.bounds.lag / np.maximum(distances, 1e-12))
             goal = self.space.retract(measured, lag * np.repeat(shares, self.bounds.sizes))
-        return self._inside(goal)
+        return goal
 
     def _inside(self, goal: np.ndarray) -> np.ndarray:
+        """Keep a goal inside the position limits."""
         n = self.space.linear
         inside = np.clip(goal[:n], self._low[:n], self._high[:n])
         for i in np.flatnonzero(inside != goal[:n]):
@@ -335,18 +462,105 @@ class Guard:
     def _gate(self, time: float) -> None:
         """Advance the path by one period, to a configuration inside the envelope."""
         goal, velocity = self._interpolate(time)
-        motion = self.tracker.toward(goal, velocity) if self.state is State.ARMED else self.tracker.brake()
+        if self.config.unsafe_checks_off:
+            self.tracker.take(Motion(goal, velocity, np.zeros(self.space.tangent)))
+            return
+        motion = self._wanted_motion(goal, velocity, time) if self.state is State.ARMED else None
+        motion = motion or self.tracker.brake()
         broken = self.envelope.violations(motion.configuration)
         if broken:
             self.counts["envelope_stops"] += 1
             self.fault(f"the path would leave the envelope: {', '.join(broken)}", time)
-            self.tracker.restart(self.tracker.configuration)
-            self.envelope.restart(self.tracker.configuration)
+            self._at_rest(self.tracker.configuration)
             return
         self.tracker.take(motion)
         self.envelope.sent(motion.configuration)
         if self.state is State.ARMED:
             self.lag.add(float(np.linalg.norm(self.space.difference(goal, motion.configuration))))
+
+    def _wanted_motion(self, goal: np.ndarray, velocity: np.ndarray, time: float) -> Optional[Motion]:
+        """Return the motion toward the goal, or None where the arm must brake instead.
+
+        It must brake if it could not stop in time after that motion. Whatever it did last tick was checked likewise, so
+        braking now ends outside of every obstacle.
+        """
+        motion = self.tracker.toward(goal, velocity)
+        if self._tool_speed(motion) > TOOL_SHARE * (self.robot.limits.max_speed or math.inf):
+            self._count("R1", "tool speed limited")
+            return None
+        for share in (0.5, 1.0) if self.robot.kinematics is not None or self.robot.limits.keep_out else ():
+            near = self._obstacle(self.tracker.stop(motion, share))
+            if near is not None:
+                self.hold(f"would come too near: {near}", time)
+                return None
+        return motion
+
+    def _tool_speed(self, motion: Motion) -> float:
+        """Return the highest tool speed [m/s] of joints that begin to brake; 0 where the envelope bounds it itself."""
+        if self.robot.kinematics is None or self.space.name != "joint" or self.robot.limits.max_speed is None:
+            return 0.0
+        v, a = motion.velocity, motion.acceleration
+        peak = v + np.where(a * v > 0, a * np.abs(a) / (2 * self.bounds.jerk), 0.0)  # until the acceleration is gone
+        return float(np.linalg.norm(self.robot.kinematics.jacobian(motion.configuration)[:3] @ peak))
+
+    def _obstacle(self, x: np.ndarray) -> Optional[str]:
+        """Name what a configuration is too near to: a box, another link, the workspace's border."""
+        limits, kinematics = self.robot.limits, self.robot.kinematics
+        if self.space.name == "cartesian":
+            for low, high in limits.keep_out:
+                distance = float(np.linalg.norm(np.maximum(0.0, np.maximum(low - x[:3], x[:3] - high))))
+                if distance < limits.margin:
+                    return f"{distance:.3f} m between the tool and the keep-out box at {low.tolist()}"
+            return None
+        if kinematics is None:
+            return None
+        if limits.workspace_low is not None:
+            tool = kinematics.tool(x)[0]
+            if np.any(tool < limits.workspace_low) or np.any(tool > limits.workspace_high):
+                return f"the tool at {np.round(tool, 3).tolist()} m outside the workspace"
+        distance, what = kinematics.clearance(x, limits.keep_out)
+        return f"{distance:.3f} m between {what}" if distance < limits.margin else None
+
+    # ---- the gripper
+
+    def _want_gripper(self, value: float) -> None:
+        assert self.robot.gripper is not None
+        low, high = self.robot.gripper.low[0], self.robot.gripper.high[0]
+        if not self.config.unsafe_checks_off:
+            if _excess(np.array([value]), low, high)[0] > 1e-6:
+                self._count("R1", "gripper clamped")
+            value = min(max(value, low), high)
+        self._wanted = value
+
+    def _move_gripper(self, time: float) -> None:
+        """Send a wanted value if it differs enough and the last change is long enough ago; in between it is held."""
+        if self.state is not State.ARMED or self._wanted is None or self._wanted == self.gripper:
+            return
+        driver = self.robot.driver
+        if self.gripper is not None:
+            small = abs(self._wanted - self.gripper) <= driver.gripper_hysteresis
+            if small or time - self._gripper_moved < driver.gripper_dwell:
+                return
+            if self._opening is not None:
+                opens = math.copysign(1.0, self._wanted - self.gripper) * driver.gripper_direction
+                self._check = time, self._opening, opens
+        self.gripper, self._gripper_moved = self._wanted, time
+
+    def _check_gripper(self, stamp: float) -> None:
+        """Compare the way the gripper has gone since its last command with the one that it was told to go."""
+        if self._check is None or stamp - self._check[0] < SELF_CHECK_S:
+            return
+        _, before, direction = self._check
+        self._check = None
+        assert self._opening is not None
+        measured = [f for f in self.robot.state if f.kind == "gripper_position"]
+        width = float(measured[0].high[0] - measured[0].low[0]) if measured else 1.0
+        if (self._opening - before) * direction < -SELF_CHECK_MOVE * width:
+            self._polarity = (
+                f"the gripper went from {before:.2f} to {self._opening:.2f} against its command: correct "
+                "driver.gripper_direction or the gripper's field, then restart the guard"
+            )
+            self.fault(self._polarity, stamp)
 
     # ---- helpers
 
@@ -357,6 +571,8 @@ class Guard:
         mode = self._mode_problem()
         if mode is not None:
             problems.append(mode)
+        if self._polarity:
+            problems.append(self._polarity)
         if self.tracker.moving:
             problems.append("still decelerating")
         if not self._measured:
@@ -368,10 +584,40 @@ class Guard:
             )
         n = self.space.linear
         for i in np.flatnonzero((x[:n] < self.bounds.low[:n]) | (x[:n] > self.bounds.high[:n])):
-            problems.append(
-                f"{self.space.axes[i]} at {x[i]:.3f} is outside {self.bounds.low[i]:.3f} .. {self.bounds.high[i]:.3f}"
-            )
+            problems.append(self._out_of_range(i, x[i]))
+        if self.state is State.FAULT and not self._silent:
+            lag = self.bounds.norms(self.space.difference(self.tracker.configuration, x))
+            for i in np.flatnonzero(lag > self.bounds.lag):
+                problems.append(f"{self.bounds.names[i]} is {lag[i]:.3f} away from its last command; disarm first")
+        near = self._obstacle(x)
+        if near is not None:
+            problems.append(near)
         return problems
+
+    def _out_of_range(self, i: Any, value: float) -> str:
+        low, high = self.bounds.low[i], self.bounds.high[i]
+        return f"{self.space.axes[i]} at {value:.3f} is outside {low:.3f} .. {high:.3f}"
+
+    def _state_problem(self, stamp: float, x: np.ndarray) -> Optional[str]:
+        """Say why a measured configuration cannot be true."""
+        n = self.space.linear
+        low, high = self.bounds.low[:n], self.bounds.high[:n]
+        slack = OUTSIDE * (high - low)
+        for i in np.flatnonzero((x[:n] < low - slack) | (x[:n] > high + slack)):
+            return f"measured {self._out_of_range(i, x[i])}: another unit or another joint?"
+        if self._measured:
+            since, before = self._measured[-1]
+            moved = self.bounds.norms(self.space.difference(x, before))
+            possible = self.bounds.lag + JUMP_SPEEDS * self.bounds.speed * (stamp - since)
+            for i in np.flatnonzero(moved > possible):
+                name = self.bounds.names[i]
+                return f"measured {name} jumped by {moved[i]:.3f} within {stamp - since:.3f} s: another unit?"
+        return None
+
+    def _is_fresh(self, now: float) -> bool:
+        return (
+            bool(self._measured) and -self.config.max_skew <= now - self._measured[-1][0] <= self.config.state_timeout
+        )
 
     def _what(self) -> str:
         return "joints" if self.space.name == "joint" else "position"
@@ -395,22 +641,40 @@ class Guard:
             return "chunk of another step"
         return None
 
-    def _clamp(self, chunk: Chunk) -> Tuple[Chunk, float]:
-        """Return the chunk inside its fields' limits and the largest excess, as a share of a half range."""
-        n = len(self.robot.motion.low)
-        motion = chunk.motion.copy()
-        motion[:, :n], excess = _clip(chunk.motion[:, :n], self.robot.motion.low, self.robot.motion.high)
-        if chunk.gripper is None or self.robot.gripper is None:
-            return dataclasses.replace(chunk, motion=motion), excess
-        gripper, more = _clip(chunk.gripper, self.robot.gripper.low, self.robot.gripper.high)
-        return dataclasses.replace(chunk, motion=motion, gripper=gripper), max(excess, more)
+    def _content_problem(self, chunk: Chunk, now: float) -> Optional[str]:
+        """React to values and stamps that no good source sends."""
+        if not (np.all(np.isfinite(chunk.motion)) and (chunk.gripper is None or np.all(np.isfinite(chunk.gripper)))):
+            self._bad.append(now)
+            if len(self._bad) == 3 and now - self._bad[0] <= 1.0:
+                return self.fault("3 chunks that are not finite within 1 s", now)
+            return self.hold("chunk not finite", now)
+        ahead = chunk.stamp - now
+        if ahead > self.config.max_skew:
+            return self.fault(f"a chunk is {ahead:.3f} s in the future: compare the clocks of the two hosts", now)
+        if self.robot.motion.mode == "absolute":
+            problem = self.space.problem(chunk.motion)
+            if problem is not None:
+                return self.hold(f"chunk: {problem}", now)
+        excess = _excess(chunk.motion, self._action_low, self._action_high).max(axis=0)
+        worst = int(np.argmax(excess))
+        if excess[worst] > GROSS:
+            return self.fault(f"{self._axis(worst)} is {excess[worst]:.1f} half ranges out: another unit?", now)
+        return None
+
+    def _axis(self, i: int) -> str:
+        return self.space.axes[i]
+
+    def _at_rest(self, x: np.ndarray) -> None:
+        """Begin a new stream of commands."""
+        self.tracker.restart(x)
+        self.envelope.restart(x)
 
     def _stopping_point(self) -> np.ndarray:
         return self.tracker.stop(self.tracker.motion)
 
     def _rebase(self, x: np.ndarray) -> None:
         self.goal = self._from = self._inside(x)
-        self._step_start, self._covered = -math.inf, math.inf
+        self._step_start, self._covered, self._wanted = -math.inf, math.inf, None
 
     def _log_residual(self, step: Step) -> None:
         """Compare what the chunk wanted for its expired steps with what was sent in their place."""
@@ -425,7 +689,7 @@ class Guard:
 
     def _count(self, reaction: str, reason: str) -> str:
         self.counts[reaction] += 1
-        self.counts[f"{reaction} {reason}"] += 1
+        self.counts[f"{reaction} {NUMBER.sub('#', reason)}"] += 1
         return reason
 
     def to_dict(self) -> Dict[str, float]:
@@ -440,6 +704,16 @@ class Guard:
         }
 
 
-def _clip(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> Tuple[np.ndarray, float]:
-    clipped = np.clip(values, low, high)
-    return clipped, float(np.max(np.abs(values - clipped) / (0.5 * (high - low))))
+def _action_limits(robot: Robot) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the limits of a chunk's row; an absolute rotation has none."""
+    low, high = [robot.motion.low], [robot.motion.high]
+    if robot.rotation is not None and robot.rotation.mode == "delta":
+        low, high = [*low, robot.rotation.low], [*high, robot.rotation.high]
+    elif robot.rotation is not None:
+        low, high = [*low, np.full(4, -np.inf)], [*high, np.full(4, np.inf)]
+    return np.concatenate(low), np.concatenate(high)
+
+
+def _excess(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return how far values are outside their limits, in half ranges."""
+    return np.abs(values - np.clip(values, low, high)) / (0.5 * (high - low))

@@ -395,7 +395,8 @@ def _limits(values: Mapping[str, Any], where: str) -> Limits:
     for capsule in given.get("capsules", ()):
         _keys(capsule, {"link", "radius", "start", "end"}, set(), f"{where}.capsules")
         _positive(capsule, "radius", f"{where}.capsules")
-        _vector(capsule, "start", 3, f"{where}.capsules"), _vector(capsule, "end", 3, f"{where}.capsules")
+        for end in ("start", "end"):
+            _vector(capsule, end, 3, f"{where}.capsules")
     found["capsules"] = tuple(dict(c) for c in given.get("capsules", ()))
     pairs = [_names(pair, f"{where}.ignore_pairs") for pair in given.get("ignore_pairs", ())]
     if any(len(pair) != 2 for pair in pairs):

@@ -33,6 +33,8 @@ from robot_io.nodes.topics import (
     DIAGNOSTICS,
     EXECUTED,
     GUARD_STATE,
+    HEARTBEAT,
+    POLICY_STATE,
     PREFLIGHT,
     SPEED,
     TAKEOVER,
@@ -151,6 +153,7 @@ class GuardNode:
         self._preflight: Dict[str, Any] = {}  # the newest verdict
         self._problems: Dict[str, str] = {}  # what keeps it from arming, by topic
         self._mismatches: List[str] = []
+        self._said: Dict[str, float] = {}  # error -> when it was logged
         self._strangers: Tuple[str, ...] = ()  # names of joint states that hold none of ours
         self._gripper: Optional[float] = None  # measured
         self._orientation = np.array(m.IDENTITY)  # measured; kept where the action has no rotation
@@ -186,6 +189,8 @@ class GuardNode:
         self._subscribe(PREFLIGHT, m.STRING, LATCHED, self._on_preflight)
         self._subscribe(driver.mode_topic, m.STRING, LATCHED, self._on_mode)
         self._subscribe(ARM, m.BOOL, STATE, self._on_arm)
+        self._subscribe(HEARTBEAT, m.STRING, STATE, self._on_heartbeat)
+        self._subscribe(POLICY_STATE, m.STRING, LATCHED, self._on_policy_state)
         self._subscribe(TAKEOVER, m.STRING, STATE, self._on_takeover)
         self._subscribe(SPEED, m.FLOAT, STATE, self._on_speed)
         self._subscribe(APPROVAL, m.BOOL, STATE, self._on_approval)
@@ -210,9 +215,16 @@ class GuardNode:
                 callback(message)
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 self.guard.on_problem(f"message refused on {topic}", "R0", self.bus.now())
-                self.bus.log("error", f"message refused on {topic}: {type_of(e)}{e}")
+                self._say(f"message refused on {topic}: {type_of(e)}{e}")
 
         self.bus.subscribe(topic, type, qos, checked)
+
+    def _say(self, text: str) -> None:
+        """Log an error, the same one once a second at most: a stream of bad messages must not fill the disk."""
+        now = self.bus.steady()
+        if now >= self._said.get(text, -np.inf) + 1.0:
+            self._said = {**{t: at for t, at in self._said.items() if now < at + 1.0}, text: now}
+            self.bus.log("error", text)
 
     # ---- who may arm
 
@@ -371,8 +383,8 @@ class GuardNode:
         self._wall += periods * self.config.tick
         skew = (self.bus.now() - self._wall) - (steady - self._steady)
         if abs(skew) > self.config.max_skew:
-            guard.fault(f"the wall clock jumped by {skew:.3f} s", self.bus.now())
             self._wall += skew
+            guard.on_clock_jump(skew, self._wall)
         self._wall += 0.01 * skew  # follow a clock that is being slewed, without a step in the stamps
         self._send(self._wall, periods)
         self.timing.end(self.bus.steady())
@@ -475,14 +487,18 @@ class GuardNode:
         self._show()
 
     def _on_mismatch(self, text: str) -> None:
-        self._mismatches.append(text)
-        self.bus.log("error", text)
+        if text not in self._mismatches:
+            self._mismatches.append(text)
+        self._say(text)
         self._diagnose()
 
     # ---- what it hears
 
     def _on_pose(self, message: Any) -> None:
-        position, self._orientation = m.pose_from_ros(message)
+        position, orientation = m.pose_from_ros(message)
+        if not abs(np.linalg.norm(orientation) - 1) < 1e-3:
+            raise ValueError(f"the orientation {orientation.tolist()} is not a unit quaternion (wxyz)")
+        self._orientation = orientation
         x = np.concatenate([position, self._orientation]) if self.robot.space.rotation else position
         self.guard.on_state(m.stamp_of(message), x, self._gripper)
         self._show()
@@ -566,11 +582,29 @@ class GuardNode:
 
     def _liveliness(self, source: str) -> Callable[[int], None]:
         def on_liveliness(alive: int) -> None:
+            if alive == 0 and source == "policy":
+                self._problems.pop(POLICY_STATE, None)  # what it said last no longer counts
             if alive == 0 and self.guard.active == source:
                 self.guard.hold(f"the {'policy' if source == 'policy' else 'teleoperator'} is gone", self.bus.now())
                 self._show()
 
         return on_liveliness
+
+    def _on_heartbeat(self, message: Any) -> None:
+        self.guard.on_heartbeat(str(message.data), self.bus.now())
+
+    def _on_policy_state(self, message: Any) -> None:
+        """Hold, or fault, when the policy says why it must not act; a clock that differs also refuses to arm."""
+        values = m.json_from_ros(message)
+        ok, reason, reaction = values["ok"], f"policy: {values['reason']}", values["reaction"]
+        if not isinstance(ok, bool) or (not ok and reaction not in ("R2", "R3")):
+            raise ValueError(f"a policy's state has ok, reason and reaction (R2 or R3), got {values}")
+        self._problems.pop(POLICY_STATE, None)
+        if not ok and reaction == "R3":
+            self._problems[POLICY_STATE] = reason
+        if not ok and self.guard.active == "policy":
+            self.guard.on_problem(reason, reaction, self.bus.now())
+        self._show()
 
     def _on_takeover(self, message: Any) -> None:
         active = m.json_from_ros(message)["active"]
@@ -593,7 +627,11 @@ class GuardNode:
         self._show()
 
     def _on_approve(self, message: Any) -> None:
-        self.guard.approve(int(m.json_from_ros(message)["chunk"]), self.bus.now())
+        values = m.json_from_ros(message)
+        if values.get("approved", True):
+            self.guard.approve(int(values["chunk"]), self.bus.now())
+        else:
+            self.guard.leave_out(int(values["chunk"]))
         self._show()
 
 

@@ -1,0 +1,1156 @@
+"""Inject every fault of table A into the live stack, over real DDS between processes, and write down what happened.
+
+Each fault comes at random moments (seeded), many times; a reader process of its own judges what is on the wire. Every
+repetition is a line of trials.jsonl as it ends: an interrupted run continues. Writes docs/evidence/live_faults.md.
+Exit code 1 if a repetition was not as promised, or the control run, whose guard checks nothing, was not caught.
+
+make chaos
+python -m benchmarks.chaos --rows A1,A9 --repeat 2 --out /tmp/quick --page /tmp/quick/live_faults.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from benchmarks.chaos_nodes import APPLIED, INJECT, REGULAR, ROBOTS, SLOWER
+from robot_io import messages as m
+from robot_io.bus import LATCHED, STATE, open_bus
+from robot_io.core.guard import UNSAFE_FLAG, GuardConfig
+from robot_io.core.limits import parse_robot
+from robot_io.live import CHILD_ENV
+from robot_io.nodes import topics as t
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "evidence" / "live_faults.md"
+GOAL = (0.03, 0.15)  # fault -> deceleration, p50 and max [s]
+STAND = 0.5  # deceleration -> standstill [s]
+NAMED = 1.0  # until a text names the fault [s]
+ENOUGH = 300  # repetitions for a p99
+TICK_BOUND = (
+    0.03  # a fault in the message itself: one tick at the guard, plus the wire both ways and a command's period
+)
+GONE = "policy is gone|no action|no sign of life"
+CHUNK_S = 0.3  # of the rule's chunks
+TRIES = 4  # of a repetition whose arm did not move steadily before the fault: a busy machine
+IMAGES = [t.image_topic(name) for name in ("corner", "wrist")]
+POSE, JOINTS = "/tool_pose", "/joint_states"
+STATES = [POSE, JOINTS]
+CHUNKS = [t.CHUNK, t.CHUNK_GRIPPER]
+
+
+class Void(Exception):
+    """A repetition that says nothing: the machine was too busy for the arm to move steadily before the fault."""
+
+
+# --- a rig
+
+
+class Rig:
+    """Twin, policy, guard and reader as processes, and a console in this one."""
+
+    def __init__(self, domain_id: int, robot: str = "point", loss: int = 0, unsafe: bool = False) -> None:
+        self.domain_id, self.robot, self.loss, self.unsafe = domain_id, robot, loss, unsafe
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.lines: dict[str, deque[str]] = {}
+        self.guard: dict[str, str] = {}
+        self.episode: dict[str, Any] = {}
+        self.guard_at = -np.inf  # when the last state came
+        self.applied: list[dict[str, Any]] = []
+        self.ids = 0
+        self.verdicts: queue.Queue[str] = queue.Queue()
+        self.bus = open_bus("dds", "console", domain_id)
+        self._inject = self.bus.publisher(INJECT, m.STRING, STATE)
+        self._driver = self.bus.publisher(t.INJECT, m.STRING, STATE)
+        self._arm = self.bus.publisher(t.ARM, m.BOOL, STATE)
+        self._episode = self.bus.publisher(t.EPISODE, m.STRING, STATE)
+        self.bus.subscribe(t.GUARD_STATE, m.STRING, LATCHED, self._on_guard)
+        self.bus.subscribe(t.EPISODE_STATE, m.STRING, STATE, self._on_episode)
+        self.bus.subscribe(APPLIED, m.STRING, STATE, lambda message: self.applied.append(m.json_from_ros(message)))
+        self.steps = 0  # that the guard has executed
+        kind = t.chunk_type(parse_robot(ROBOTS[robot]))
+        self.bus.subscribe(t.EXECUTED, kind, STATE, lambda _: setattr(self, "steps", self.steps + 1))
+        for name in ("reader", "twin", "policy", "guard"):
+            self.start(name)
+        self._number = 0
+        self.reset(30.0)
+
+    def _on_guard(self, message: Any) -> None:
+        self.guard, self.guard_at = m.json_from_ros(message), time.monotonic()
+
+    def _on_episode(self, message: Any) -> None:
+        self.episode = m.json_from_ros(message)
+
+    @property
+    def state(self) -> str:
+        """Return the guard's state as it said last."""
+        return self.guard.get("state", "")
+
+    def start(self, name: str, **changes: Any) -> None:
+        """Start a process of the rig, in place of the one that is there."""
+        self.end(name)
+        arguments: dict[str, Any] = {"domain_id": self.domain_id, **changes}
+        role = name.split("_")[0]
+        arguments["robot"] = self.robot
+        if role in ("twin", "policy", "guard"):
+            arguments["loss"] = self.loss
+        if role == "guard":
+            arguments["config"] = guard_config(self.unsafe)
+        command = [sys.executable, "-m", "benchmarks.chaos_nodes", role, json.dumps(arguments)]
+        process = subprocess.Popen(
+            command, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, **CHILD_ENV, "PYTHONPATH": str(ROOT), UNSAFE_FLAG: "1" if self.unsafe else "0"},
+            start_new_session=True,
+        )  # fmt: skip
+        self.processes[name], self.lines[name] = process, deque(maxlen=20)
+        threading.Thread(target=self._read, args=(name, process), daemon=True).start()
+
+    def _read(self, name: str, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                (self.verdicts.put if line.startswith("{") else self.lines[name].append)(line.rstrip())
+
+    def alive(self, name: str) -> bool:
+        """Return whether a process runs."""
+        return name in self.processes and self.processes[name].poll() is None
+
+    def kill(self, name: str, number: int) -> float:
+        """Send a signal and return when."""
+        at = time.monotonic()
+        self.processes[name].send_signal(number)
+        return at
+
+    def end(self, name: str) -> None:
+        """Kill a process that is there."""
+        process = self.processes.pop(name, None)
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGCONT)
+            process.kill()
+        if process is not None:
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
+
+    def close(self) -> None:
+        """End everything."""
+        for name in list(self.processes):
+            self.end(name)
+        self.bus.close()
+
+    def spin(self, seconds: float) -> None:
+        """Let time pass."""
+        self.bus.spin(seconds)
+
+    def until(self, condition: Callable[[], bool], timeout_s: float, what: str, again: Any = None) -> float:
+        """Spin until `condition`, calling `again` every 0.3 s, and return how long it took [s].
+
+        Raises:
+            TimeoutError: it did not come true; with what the guard says.
+        """
+        begin = repeat = time.monotonic()
+        while not condition():
+            now = time.monotonic()
+            if now - begin > timeout_s:
+                ended = [f"{n}: {' | '.join(self.lines[n])}" for n in self.processes if not self.alive(n)]
+                raise TimeoutError(f"{what}: not within {timeout_s:g} s; guard {self.guard}; ended {ended}")
+            if again is not None and now >= repeat:
+                again()
+                repeat = now + 0.3
+            self.bus.spin(0.005)
+        return time.monotonic() - begin
+
+    def inject(self, node: str, *, when: str | None = "order", timeout_s: float = 3.0, **order: Any) -> float:
+        """Give a node an order and return when it showed; `when` is the start of what it reports."""
+        self.ids += 1
+        number, self.applied = self.ids, []
+        self._inject.publish(m.json_to_ros(self.bus.msg, {"id": number, "node": node, **order}))
+        if when is None:
+            return time.monotonic()
+
+        def found() -> list[float]:
+            return [a["at"] for a in self.applied if a["id"] == number and a["what"].startswith(when)]
+
+        self.until(lambda: bool(found()), timeout_s, f"{node}: {when} of {order}")
+        return found()[0]
+
+    def driver(self, **order: Any) -> float:
+        """Give the twin an order of its own, see robot_io/nodes/inject.py, and return when."""
+        self._driver.publish(m.json_to_ros(self.bus.msg, order))
+        return time.monotonic()
+
+    def clear(self) -> None:
+        """Take every order back."""
+        for node in ("twin", "policy", "guard", "rogue", "replayer"):
+            if self.alive(node):
+                self.inject(node, when=None)
+
+    def arm(self, yes: bool = True) -> None:
+        """Ask the guard to arm or disarm, once."""
+        self._arm.publish(self.bus.msg(m.BOOL, data=yes))
+
+    def reset(self, timeout_s: float = 10.0) -> None:
+        """Begin a new episode in the twin; the guard must be idle."""
+        self.spin(0.12)  # the stream ends, so that nobody takes a new start for a jump
+        self._number += 1
+        number = self._number
+        order = m.json_to_ros(self.bus.msg, {"episode": number, "task": "circle", "seed": number})
+        self.until(
+            lambda: self.episode.get("episode") == number,
+            timeout_s,
+            "twin: reset",
+            lambda: self._episode.publish(order),
+        )
+
+    def idle(self) -> None:
+        """Disarm and wait until the guard is idle."""
+        self.until(lambda: self.state == "IDLE", 8.0, "disarm", lambda: self.arm(False))
+
+    def armed(self, timeout_s: float = 20.0) -> float:
+        """Arm, again and again until it works, and return how long it took."""
+        return self.until(lambda: self.state == "ARMED", timeout_s, "arm", self.arm)
+
+    def move(self, seconds: float) -> None:
+        """Have the arm move for some time without a stop.
+
+        Raises:
+            Void: it stops by itself.
+        """
+        for _ in range(8):
+            self.armed()
+            first = self.steps
+            self.until(lambda: self.steps > first + 8 or self.state != "ARMED", 20.0, "steps")  # noqa: B023
+            begin = time.monotonic()
+            while self.state == "ARMED" and time.monotonic() - begin < seconds:
+                self.bus.spin(0.005)
+            if self.state == "ARMED":
+                return
+        raise Void(f"the arm does not move for {seconds:.1f} s: {self.guard}")
+
+    def verdict(self, since: float, t0: float, names: str) -> dict[str, Any]:
+        """Ask the reader."""
+        process = self.processes["reader"]
+        assert process.stdin is not None
+        asked = {"since": since, "t0": t0, "until": time.monotonic(), "names": names}
+        process.stdin.write(json.dumps(asked) + "\n")
+        process.stdin.flush()
+        return json.loads(self.verdicts.get(timeout=20.0))
+
+
+def guard_config(unsafe: bool) -> dict[str, Any]:
+    """Return the shipped knobs of the guard, or those of the control run."""
+    shipped = yaml.safe_load((ROOT / "configs" / "robot.yaml").read_text())
+    values = {f.name: shipped[f.name] for f in fields(GuardConfig) if f.name in shipped}
+    return {"tick": 1.0 / shipped["tick_hz"], **values, **({"unsafe_checks_off": True} if unsafe else {})}
+
+
+# --- rows
+
+
+@dataclass(frozen=True)
+class Expect:
+    """What a repetition promised, and when its fault began."""
+
+    t0: float
+    names: str = ""  # regular expression; "": nothing needs to be said
+    stop: bool | None = True  # None: either
+    bound: float = GOAL[1]  # condition -> deceleration [s]
+    state: Sequence[str] = ("HOLDING", "FAULT")  # one of which was entered, for a stop
+    after_queue: bool = False  # the condition is true when the last valid action is over, not at the injection
+    problems: Sequence[str] = ()  # that the row itself found
+    silent: bool = False  # the guard must not brake but say no more: the arm stops by itself
+    frozen: float | None = None  # bound of the measured standstill, where nobody commands any more [s]
+    honest: bool = True  # the state on the wire is the arm's, so that it must stay inside the workspace
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault of the table."""
+
+    id: str
+    fault: str
+    reaction: str
+    run: Callable[[Trial], Expect]
+    variants: Sequence[Any] = (None,)
+    robots: Sequence[str] = ("point",)  # in turn, after every round of the variants
+    loss: Sequence[int] = (0,)  # per mille, per variant in turn
+    control: bool = False  # the control run must be caught doing it
+    phase: tuple[float, float] = (0.45, 0.9)  # [s] of steady motion before the fault, at random
+
+
+@dataclass
+class Trial:
+    """A repetition: a rig in motion, a variant and random numbers."""
+
+    rig: Rig
+    variant: Any
+    rng: np.random.Generator
+    since: float
+
+    def stopped(self, timeout_s: float = 2.0, more: float = 0.25) -> None:
+        """Wait until the guard holds or faults, and a little longer; the verdict says if it did not."""
+        with contextlib.suppress(TimeoutError):
+            self.rig.until(lambda: self.rig.state in ("HOLDING", "FAULT", "IDLE"), timeout_s, "a stop")
+        self.rig.spin(more)
+
+    def faulted(self, timeout_s: float = 2.5, more: float = 0.1) -> None:
+        """Wait until the guard faults, and a little longer."""
+        with contextlib.suppress(TimeoutError):
+            self.rig.until(lambda: self.rig.state == "FAULT", timeout_s, "FAULT")
+        self.rig.spin(more)
+
+    def refused(self, names: str, timeout_s: float = 2.0) -> list[str]:
+        """Try to arm; return what is wrong if the guard arms or does not say why not."""
+        rig = self.rig
+        end = time.monotonic() + timeout_s
+        rig.guard["refused"] = ""
+        while time.monotonic() < end:
+            rig.arm()
+            rig.spin(0.15)
+            if rig.state == "ARMED":
+                return ["it armed"]
+            if matches(names, rig.guard["refused"]):
+                return []
+        return [f"arming was refused with: {rig.guard['refused'] or 'nothing'}"]
+
+
+def matches(names: str, text: str) -> bool:
+    """Return whether a text names a fault."""
+    return re.search(names, text) is not None
+
+
+def outgoing(topics: Sequence[str], **change: Any) -> dict[str, Any]:
+    """Return an order that changes what is sent on some topics."""
+    return {"out": {topic: change for topic in topics}}
+
+
+def a1(trial: Trial) -> Expect:
+    """NaN and Inf in an action: from the policy, and on the wire behind its own check."""
+    how, value = trial.variant
+    at = float(trial.rng.random())
+    if how == "policy":
+        fault = {"bad": value, "step": int(trial.rng.integers(24)), "dim": int(trial.rng.integers(7))}
+        t0 = trial.rig.inject("policy", when="predicted", predict=fault)
+    else:
+        topic = t.CHUNK if how == "wire" else t.CHUNK_GRIPPER
+        t0 = trial.rig.inject("policy", when="out", **outgoing([topic], bad=value, at=at))
+    trial.faulted()
+    return Expect(t0, "not finite|non-finite", bound=TICK_BOUND)
+
+
+def a2(trial: Trial) -> Expect:
+    """The driver stops to send its state."""
+    seconds = float(trial.rng.uniform(0.2, 1.0))
+    if trial.variant == "short":
+        t0 = trial.rig.inject("twin", when="out", **outgoing(STATES, drop=True, count=2))
+        trial.rig.inject("twin", when=None)
+        trial.rig.spin(0.6)
+        return Expect(t0, stop=False)
+    if trial.variant == "stopped":
+        t0 = trial.rig.kill("twin", signal.SIGSTOP)
+        trial.rig.spin(seconds)
+        trial.rig.kill("twin", signal.SIGCONT)
+    else:
+        t0 = trial.rig.inject("twin", when="out", **outgoing(STATES, drop=True))
+        trial.rig.spin(seconds)
+        trial.rig.inject("twin", when=None)
+    trial.faulted(1.0)
+    trial.rig.spin(0.2)
+    return Expect(t0, "state.*old|stale|no.* state", state=("FAULT",))
+
+
+def a3(trial: Trial) -> Expect:
+    """Cameras fall silent."""
+    topics = IMAGES if trial.variant == "all" else [IMAGES[int(trial.rng.integers(2))]]
+    t0 = trial.rig.inject("twin", when="out", **outgoing(topics, drop=True))
+    trial.faulted(2.5)
+    return Expect(t0, "image|camera|no action|observation", bound=0.28, state=("FAULT",))
+
+
+def a4(trial: Trial) -> Expect:
+    """Cameras repeat a picture, with its old stamp or with new ones."""
+    t0 = trial.rig.inject("twin", when="out", **outgoing(IMAGES, freeze=trial.variant))
+    trial.faulted(2.5)
+    return Expect(t0, "image|camera|frozen|same picture|no action", bound=0.45, state=("FAULT",))
+
+
+def a5(trial: Trial) -> Expect:
+    """Stamps of the state are off, at the start and while running."""
+    when, offset = trial.variant
+    if when == "arming":
+        trial.rig.idle()
+        t0 = trial.rig.inject("twin", when="out", **outgoing(STATES, stamp=offset))
+        trial.rig.spin(0.2)
+        problems = trial.refused("old|future|clock|stamp|skew")
+        return Expect(t0, "old|future|clock|stamp|skew", stop=None, problems=problems)
+    t0 = trial.rig.inject("twin", when="out", **outgoing(STATES, stamp=offset))
+    if abs(offset) < 0.05:
+        trial.rig.spin(0.8)
+        return Expect(t0, stop=False)
+    trial.faulted(1.5, 0.25)
+    return Expect(t0, "old|future|clock|stamp|skew|back|out of order", state=("FAULT",))
+
+
+def a6(trial: Trial) -> Expect:
+    """A clock jumps by ten seconds, in the driver or in the guard."""
+    node, jump = trial.variant
+    if node == "twin":
+        t0 = trial.rig.inject(node, when="out", **outgoing([*STATES, *IMAGES], stamp=jump))
+    else:
+        t0 = trial.rig.inject(node, clock=jump)
+    trial.stopped(1.5, 0.4)
+    return Expect(t0, "clock|old|future|back|out of order|stamp")
+
+
+def a7(trial: Trial) -> Expect:
+    """One camera is late, ever more, or rare."""
+    change = {"delay": 0.4, "over": 0.8} if trial.variant == "ramp" else {"keep": 12}
+    t0 = trial.rig.inject("twin", when="out", **outgoing([IMAGES[1]], **change))
+    trial.stopped(3.0)
+    return Expect(t0, "image|camera|not within|slop|no action|observation", bound=1.0, after_queue=True)
+
+
+def a8(trial: Trial) -> Expect:
+    """Inference takes longer than the chunk lasts."""
+    seconds = float(trial.variant)
+    t0 = trial.rig.inject("policy", when="predict", predict={"sleep": seconds})
+    trial.rig.inject("policy", when=None)
+    if seconds < 0.15:
+        trial.rig.spin(0.8)
+        return Expect(t0, stop=False)
+    trial.stopped(1.5)
+    trial.rig.spin(max(0.0, t0 + seconds + 0.1 - time.monotonic()))
+    return Expect(t0, "no action|late|queue", after_queue=True)
+
+
+def a9(trial: Trial) -> Expect:
+    """Chunks that do not fit onto each other: two policies in turn, or a wrong idea of the delay."""
+    what, size = trial.variant
+    size *= (0.5 if trial.rig.robot == "joints" else 0.05) if what == "jump" else 1
+    change = {"plus": size, "every": 2} if what == "jump" else {"stamp": -size, "every": 2}
+    t0 = trial.rig.inject("policy", when="out", **outgoing([t.CHUNK] if what == "jump" else CHUNKS, **change))
+    trial.rig.spin(1.2)
+    return Expect(t0, stop=None)
+
+
+def a10(trial: Trial) -> Expect:
+    """Actions far out of range, or at the edges of it in turn."""
+    name, size = trial.variant
+    t0 = trial.rig.inject("policy", when="predicted", predict={name: size})
+    if abs(size) < 1:
+        trial.rig.spin(1.0)
+        return Expect(t0, stop=None)
+    trial.stopped()
+    return Expect(t0, "range|limit", bound=0.1)
+
+
+def a11(trial: Trial) -> Expect:
+    """Joint names in the wrong place, missing, unknown or twice, while running."""
+    t0 = trial.rig.inject("twin", when="out", **outgoing([JOINTS], names=trial.variant))
+    if trial.variant == "add":
+        trial.rig.spin(0.8)
+        return Expect(t0, stop=None)
+    trial.faulted(2.5)
+    return Expect(t0, "joint|name|grip", bound=GOAL[1] + CHUNK_S, after_queue=True)
+
+
+def a12(trial: Trial) -> Expect:
+    """Degrees for radians, millimetres for metres: in the state and in the action."""
+    where, factor = trial.variant
+    if where == "state":
+        t0 = trial.rig.inject("twin", when="out", **outgoing(STATES, times=factor))
+        trial.faulted(1.0, 0.25)
+        return Expect(t0, "state|measured|workspace|unit|jump", bound=TICK_BOUND, state=("FAULT",), honest=False)
+    t0 = trial.rig.inject("policy", when="out", **outgoing([t.CHUNK], times=factor))
+    trial.stopped()
+    return Expect(t0, "range|limit|unit", bound=TICK_BOUND)
+
+
+def a14(trial: Trial) -> Expect:
+    """A policy for another robot, or with its cameras swapped."""
+    rig = trial.rig
+    rig.idle()
+    rig.end("policy")
+    rig.end("guard")
+    t0 = time.monotonic()
+    rig.start("guard")
+    rig.start("policy", hash="e" * 64, changes=trial.variant)
+    rig.spin(3.0)
+    problems = trial.refused("another robot than point: (name|action_dt|cameras)", 3.0)
+    rig.end("policy")
+    rig.end("guard")
+    rig.start("guard")
+    rig.start("policy")
+    return Expect(t0, "", stop=None, problems=problems)
+
+
+def a15(trial: Trial) -> Expect:
+    """The policy is killed."""
+    t0 = trial.rig.kill("policy", signal.SIGKILL)
+    trial.faulted(2.5)
+    trial.rig.start("policy")
+    return Expect(t0, GONE, state=("FAULT",))
+
+
+def a16(trial: Trial) -> Expect:
+    """The policy hangs while its DDS threads live: stopped as a whole, or in an endless loop in a callback."""
+    if trial.variant == "stopped":
+        t0 = trial.rig.kill("policy", signal.SIGSTOP)
+        trial.faulted(2.5)
+        trial.rig.kill("policy", signal.SIGCONT)
+        return Expect(t0, GONE, state=("FAULT",))
+    t0 = trial.rig.inject("policy", when="hang", hang=2.2)
+    trial.faulted(2.5)
+    return Expect(t0, GONE, state=("FAULT",), after_queue=True)
+
+
+def a17(trial: Trial) -> Expect:
+    """The guard is killed; it comes back idle."""
+    rig = trial.rig
+    t0 = rig.kill("guard", signal.SIGKILL)
+    rig.spin(0.6)
+    rig.guard = {}
+    rig.start("guard")
+    begin = time.monotonic()
+    rig.until(lambda: rig.state != "", 15.0, "the new guard's state")
+    rig.spin(0.3)
+    problems = [] if rig.state == "IDLE" else [f"the new guard is {rig.state}"]
+    return Expect(t0, stop=None, frozen=0.2, problems=problems, extra={"restarted_s": time.monotonic() - begin})
+
+
+def a18(trial: Trial) -> Expect:
+    """The way from policy to guard is cut: nothing passes, only half of a chunk, or one chunk of many."""
+    change = {"blackhole": {"drop": True}, "half": {"drop": True}, "slow": {"keep": 20}}[trial.variant]
+    topics = [t.CHUNK_GRIPPER] if trial.variant == "half" else CHUNKS
+    t0 = trial.rig.inject("policy", when="out", **outgoing(topics, **change))
+    trial.stopped(2.0)
+    return Expect(t0, "no action|policy", after_queue=True)
+
+
+def a19(trial: Trial) -> Expect:
+    """The policy is started anew, with the same or with another checkpoint."""
+    rig = trial.rig
+    t0 = rig.kill("policy", signal.SIGTERM)
+    rig.end("policy")
+    rig.start("policy", hash="0" * 64 if trial.variant == "same" else "f" * 64)
+    trial.faulted(3.0)
+    rig.spin(1.5)
+    problems = [] if rig.state == "FAULT" else [f"it moves again without being armed: {rig.state}"]
+    names = GONE
+    if trial.variant == "same":
+        rig.armed()
+        rig.spin(0.5)
+    else:
+        names = f"{GONE}|contract"
+        problems += trial.refused("contract", 4.0)
+        rig.end("guard")
+        rig.end("policy")
+        rig.start("guard")
+        rig.start("policy")
+    return Expect(t0, names, problems=problems)
+
+
+def a20(trial: Trial) -> Expect:
+    """Chunks come again, late, or in the wrong order."""
+    t0 = trial.rig.inject("replayer", how=trial.variant)
+    trial.rig.spin(1.3)
+    return Expect(t0, "duplicate|out-of-order|late chunk|R0 [1-9]", stop=False)
+
+
+def a21(trial: Trial) -> Expect:
+    """DDS packets get lost."""
+    t0 = time.monotonic()
+    while time.monotonic() < t0 + 3.0:
+        trial.rig.arm()  # 20 % and more: it may stop, and must never leave the envelope
+        trial.rig.spin(0.3)
+    return Expect(t0, stop=False if trial.rig.loss <= 50 else None)
+
+
+def a22(trial: Trial) -> Expect:
+    """Somebody else offers the command topic."""
+    t0 = trial.rig.inject("rogue", on=True, send=trial.variant)
+    trial.faulted(1.5, 0.25)
+    problems = trial.refused("intruder", 1.0)
+    trial.rig.inject("rogue")
+    trial.rig.spin(0.3)
+    return Expect(t0, "intruder", bound=0.2, state=("FAULT",), problems=problems)
+
+
+def a23(trial: Trial) -> Expect:
+    """The policy drives into a wall of the workspace."""
+    t0 = trial.rig.inject("policy", when="predict", predict={"toward": trial.variant})
+    trial.rig.spin(2.2)
+    return Expect(t0, "clamped|outside", stop=None)
+
+
+def a25(trial: Trial) -> Expect:
+    """The operator ends a process, or a callback raises."""
+    what, node, value = trial.variant
+    rig = trial.rig
+    if what == "signal":
+        t0 = rig.kill(node, value)
+    elif what == "predict":
+        t0 = rig.inject(node, when="predict raise", predict={"raise": True})
+    else:
+        t0 = rig.inject(node, when="raise", **{"raise": value})
+    begin = time.monotonic()
+    trial.stopped(2.0, 0.6)
+    gone = what == "signal" or not rig.alive(node)
+    problems = []
+    if gone:
+        with contextlib.suppress(TimeoutError):
+            rig.until(lambda: not rig.alive(node), 5.0, f"{node} to end")
+        if rig.alive(node):
+            problems.append(f"{node} is still there after 5 s")
+        elif what == "signal" and rig.processes[node].returncode != 0:
+            problems.append(f"{node} ended with code {rig.processes[node].returncode}")
+        if what != "signal" and not any("injected" in line for line in rig.lines[node]):
+            problems.append(f"{node} does not say why it ended")
+        rig.end(node)
+        rig.start(node)
+        rig.spin(1.0)
+    names = {"guard": "stopped|disarmed|IDLE|injected|raised", "policy": f"{GONE}|injected"}[node]
+    states = ("IDLE", "HOLDING", "FAULT")
+    return Expect(
+        t0,
+        names,
+        state=states,
+        after_queue=node == "policy",
+        problems=problems,
+        extra={"gone_s": time.monotonic() - begin},
+    )
+
+
+def a26(trial: Trial) -> Expect:
+    """The guard gets no processor."""
+    rig = trial.rig
+    t0 = time.monotonic()
+    if trial.variant == "hogs":
+        code = "import time\nend = time.monotonic() + 1.2\nwhile time.monotonic() < end: pass"
+        hogs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2 * (os.cpu_count() or 1))]
+        rig.spin(1.4)
+        for hog in hogs:
+            hog.wait()
+        return Expect(t0, stop=None)
+    t0 = rig.kill("guard", signal.SIGSTOP)
+    rig.spin(float(trial.rng.uniform(0.05, 0.3)))
+    back = rig.kill("guard", signal.SIGCONT)
+    trial.stopped(1.0, 0.4)
+    return Expect(back, "overrun|old|no action|clock|policy is gone|no sign of life", stop=None)
+
+
+def restart(trial: Trial) -> Expect:
+    """A process is killed, started again, and the arm moves on after arming."""
+    rig, name = trial.rig, trial.variant
+    t0 = rig.kill(name, signal.SIGKILL)
+    rig.spin(float(trial.rng.uniform(0.1, 1.5)))
+    rig.end(name)
+    begin = time.monotonic()
+    rig.start(name)
+    rig.spin(1.0)
+    return back_in_motion(trial, t0, begin)
+
+
+def back_in_motion(trial: Trial, t0: float, begin: float) -> Expect:
+    """Arm and require motion again."""
+    problems = []
+    try:
+        trial.rig.idle()
+        trial.rig.reset()  # a new twin waits for it
+        trial.rig.move(0.5)
+    except (TimeoutError, Void) as e:
+        problems.append(str(e))
+    return Expect(t0, stop=None, problems=problems, extra={"moving_again_s": time.monotonic() - begin})
+
+
+def partition(trial: Trial) -> Expect:
+    """The policy is cut off for some time and comes back."""
+    t0 = trial.rig.kill("policy", signal.SIGSTOP)
+    trial.faulted(2.5)
+    trial.rig.spin(float(trial.rng.uniform(0.0, 2.0)))
+    begin = trial.rig.kill("policy", signal.SIGCONT)
+    trial.rig.spin(0.5)
+    problems = [] if trial.rig.state == "FAULT" else [f"{trial.rig.state} without being armed"]
+    after = back_in_motion(trial, t0, begin)
+    return Expect(t0, GONE, state=("FAULT",), problems=[*problems, *after.problems], extra=after.extra)
+
+
+def late_joiner(trial: Trial) -> Expect:
+    """Every process starts anew, in a random order and seconds apart."""
+    rig = trial.rig
+    names = ["twin", "policy", "guard"]
+    t0 = time.monotonic()
+    rig.idle()
+    for name in names:
+        rig.end(name)
+    rig.guard = {}
+    begin = time.monotonic()
+    for i in trial.rng.permutation(len(names)):
+        rig.start(names[i])
+        rig.spin(float(trial.rng.uniform(0.0, 1.5)))
+    rig.until(lambda: rig.state != "", 15.0, "the guard's state")
+    return back_in_motion(trial, t0, begin)
+
+
+def second_guard(trial: Trial) -> Expect:
+    """A second guard is started by mistake, and leaves again."""
+    rig = trial.rig
+    before = time.monotonic()
+    rig.start("guard_2")
+    try:
+        rig.until(lambda: rig.state == "FAULT", 8.0, "FAULT")
+    except TimeoutError as e:
+        rig.end("guard_2")
+        return Expect(before, "second writer", stop=None, problems=[str(e)])
+    t0 = rig.guard_at  # when it joined is known to nobody but the guard
+    rig.spin(0.4)
+    rig.end("guard_2")
+    begin = time.monotonic()
+    rig.spin(3.5)  # a killed node is forgotten after its lease
+    after = back_in_motion(trial, t0, begin)
+    return Expect(t0 - 0.3, "second writer", stop=None, problems=after.problems, extra=after.extra)
+
+
+def a24(trial: Trial) -> Expect:
+    """The arm's own stop is hit, and released."""
+    rig = trial.rig
+    t0 = rig.driver(fault="driver_mode", mode=trial.variant)
+    trial.faulted(1.0, 0.3)
+    rig.driver(off=True)
+    rig.spin(0.5)
+    problems = [] if rig.state == "FAULT" else [f"{rig.state} after the release"]
+    return Expect(t0, trial.variant, bound=TICK_BOUND + 0.0125, state=("FAULT",), silent=True, problems=problems)
+
+
+WALLS = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0.6, 0.6, -0.5))
+GUARD_RAISES = tuple(("raise", "guard", where) for where in (POSE, t.CHUNK, "timer"))
+SIGNALS = tuple(("signal", node, n) for n in (signal.SIGINT, signal.SIGTERM) for node in ("guard", "policy"))
+BOTH = ("point", "joints")
+ROWS = {row.id: row for row in (
+    Row("A1", "NaN or Inf in an action", "R2 within a tick; R3 after 3 in 1 s", a1, robots=BOTH, control=True,
+        variants=[(how, value) for how in ("policy", "wire", "wire_gripper") for value in ("nan", "inf")]),
+    Row("A2", "stale state: the driver stops", "R3", a2, robots=BOTH,
+        variants=("stopped", "silent", "stopped", "short")),
+    Row("A3", "a camera falls silent", "finish at most 100 ms, R2; R3 after 1 s", a3, variants=("all", "one")),
+    Row("A4", "a camera repeats itself", "as A3", a4, variants=("old", "new")),
+    Row("A5", "clock skew", "refuse to arm; running: R3", a5, variants=[
+        *(("running", s * x) for x in (0.02, 0.06, 0.5, 3600.0) for s in (1, -1)),
+        *(("arming", s * x) for x in (0.5, 3600.0) for s in (1, -1)),
+    ]),
+    Row("A6", "clock jumps", "R2; fresh data only", a6,
+        variants=(("twin", -10.0), ("guard", -10.0), ("guard", 10.0), ("twin", 10.0))),
+    Row("A7", "topics out of step", "R0; as A3 when none is valid", a7, variants=("ramp", "rare")),
+    Row("A8", "inference late", "expired actions dropped, R2 when none is left", a8, variants=(0.5, 1.0, 2.0, 0.1)),
+    Row("A9", "chunks do not join", "blend or R2, inside the envelope", a9, control=True,
+        robots=("joints", "point_absolute"), variants=(("jump", 1), ("delay", 0.375), ("jump", -1), ("delay", -0.03))),
+    Row("A10", "action out of range", "R1, then R2", a10, control=True,
+        variants=(("times", 10.0), ("bang", 1.0), ("times", -10.0), ("bang", 0.25), ("times", 0.1))),
+    Row("A11", "joint names", "by name only; R3", a11, robots=BOTH[::-1],
+        variants=("permute", "drop", "duplicate", "add")),
+    Row("A12", "units", "R3 in one tick", a12, robots=BOTH, variants=[
+        (where, x) for x in (57.3, 1000.0, 0.001) for where in ("state", "action") if (where, x) != ("action", 0.001)
+    ]),
+    Row("A14", "another robot's policy", "refuse to arm, name the field", a14, variants=(
+        {"name": "other_arm"}, {"action_dt": 0.02}, {"cameras": ROBOTS["point"]["cameras"][::-1]},
+    )),
+    Row("A15", "policy killed", "R2, R3", a15, robots=BOTH),
+    Row("A16", "policy hangs", "R2, R3", a16, variants=("stopped", "loop")),
+    Row("A17", "guard killed", "the driver holds within 100 ms; restart is IDLE", a17),
+    Row("A18", "partition", "run out the chunk, end at rest", a18, variants=("blackhole", "half", "slow")),
+    Row("A19", "policy restarted", "no motion until armed; another checkpoint: refused", a19,
+        variants=("same", "other")),
+    Row("A20", "late, duplicate, reordered chunks", "R0", a20, variants=("duplicate", "late", "reorder")),
+    Row("A21", "packet loss 5, 20, 50 %", "5 %: no stop; never a violation", a21, loss=(50, 200, 500)),
+    Row("A22", "second commander", "R3, by name", a22, robots=BOTH, variants=("nothing", "poses", "nan")),
+    Row("A24", "protective stop, emergency stop", "FAULT within a tick; no motion on release", a24, robots=BOTH,
+        variants=("protective_stop", "emergency_stop")),
+    Row("A23", "collision, workspace", "stops inside", a23, robots=BOTH, variants=WALLS),
+    Row("A25", "signals, exceptions", "R2, then exit", a25,
+        variants=(*SIGNALS, *GUARD_RAISES, ("predict", "policy", None), ("raise", "policy", POSE))),
+    Row("A26", "no processor for the guard", "R2, counted", a26, variants=("hogs", "stopped")),
+    Row("R1", "kill and restart each process", "moves again after arming", restart,
+        variants=("policy", "guard", "twin")),
+    Row("R2", "partition and reconnect", "FAULT; moves again after arming", partition),
+    Row("R3", "late joiners, any order", "moves after arming", late_joiner),
+    Row("R4", "a second guard", "FAULT; moves again when it has left", second_guard),
+)}  # fmt: skip
+HELPERS = {"A20": "replayer", "A22": "rogue"}  # processes that a row needs besides
+
+
+# --- one repetition
+
+
+def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dict[str, Any]:
+    """Compare a verdict with what was promised; returns the repetition's numbers and its problems."""
+    problems = list(expect.problems)
+    if verdict["non_finite"]:
+        problems.append(f"{verdict['non_finite']} commands not finite")
+    if verdict["violations"]:
+        problems.append(f"outside the envelope: {verdict['violations']}")
+    if (verdict["measured_outside"] and expect.honest) or verdict["warnings"]:
+        problems.append(f"measured outside {verdict['measured_outside']}, warnings {verdict['warnings']}")
+    if verdict["executed_back"]:
+        problems.append(f"{verdict['executed_back']} steps executed out of order")
+    decel, still = verdict["decel_s"], verdict["still_s"]
+    if expect.after_queue and decel is not None and verdict["queue_s"] is not None:
+        decel = decel - max(0.0, verdict["queue_s"])
+    state = verdict["state"]
+    if expect.stop is False and (state is not None or decel is not None):
+        problems.append(f"stopped without need: {state}")
+    if expect.silent:
+        decel, still = verdict["ended_s"], None
+    if expect.stop:
+        if decel is None:
+            problems.append("no deceleration")
+        elif decel > expect.bound:
+            problems.append(f"deceleration after {1e3 * decel:.0f} ms")
+        if not expect.silent and (still is None or still - verdict["decel_s"] > STAND):
+            problems.append(
+                "no standstill" if still is None else f"standstill {still - verdict['decel_s']:.2f} s later"
+            )
+        if not set(verdict["states"]) & set(expect.state):
+            problems.append(f"never {' or '.join(expect.state)}: {verdict['states']}")
+    if expect.frozen is not None and (verdict["measured_still_s"] or 0.0) > expect.frozen:
+        problems.append(f"the arm moved for {verdict['measured_still_s']:.3f} s")
+    named = verdict["named"]["s"] if expect.names and verdict["named"] else None
+    if expect.names and (named is None or named > NAMED):
+        problems.append("not named" if named is None else f"named after {named:.2f} s")
+    return {
+        "ok": not problems, "problems": problems, "stop": expect.stop, "bound_s": expect.bound,
+        "decel_s": decel if expect.stop is not False else None,
+        "decel_from_injection_s": verdict["ended_s" if expect.silent else "decel_s"],
+        "stand_s": None if still is None or verdict["decel_s"] is None else still - verdict["decel_s"],
+        "speeds": verdict["speeds"] if problems else None, "state_s": state["s"] if state else None, "state": state,
+        "named_s": named, "must_name": bool(expect.names),
+        "text": verdict["named"]["text"] if expect.names and verdict["named"] else None,
+        "commands": verdict["commands"], "details": verdict["details"],
+        "violations": verdict["violations"], "non_finite": verdict["non_finite"],
+        "speed": verdict["speed"], "extra": dict(expect.extra),
+    }  # fmt: skip
+
+
+def repetition(row: Row, rig: Rig, k: int, seed: int) -> dict[str, Any]:
+    """Play one repetition and return its record."""
+    rng = np.random.default_rng([seed, zlib.crc32(row.id.encode()), k])
+    variant = row.variants[k % len(row.variants)]
+    helper = HELPERS.get(row.id)
+    for name in set(HELPERS.values()) - {helper}:
+        rig.end(name)  # the replayer also offers chunks: while it lives, a policy is never quite gone
+    if helper and not rig.alive(helper):
+        rig.start(helper)
+        rig.spin(1.5)
+    for attempt in range(TRIES):
+        since = time.monotonic()
+        with contextlib.suppress(Void) if rig.loss > 50 else contextlib.nullcontext():
+            rig.move(float(rng.uniform(*row.phase)))
+        trial = Trial(rig, variant, rng, since)
+        expect = row.run(trial)
+        verdict = rig.verdict(since, expect.t0, expect.names or "$^")
+        steady = rig.loss > 50 or (verdict["speed"] or 0.0) > 0.1
+        rig.clear()
+        if steady or attempt == TRIES - 1:
+            break
+    result = judge(row, expect, verdict, rig)
+    recover(rig)
+    return {
+        "row": row.id, "k": k, "seed": seed, "variant": variant, "loss": rig.loss, "control": rig.unsafe,
+        **result, "voids": attempt,
+    }  # fmt: skip
+
+
+def recover(rig: Rig) -> None:
+    """Bring the rig back to idle with the arm where it began, for the next repetition."""
+    for name in ("twin", "policy", "guard"):
+        if not rig.alive(name):
+            rig.end(name)
+            rig.start(name)
+            rig.spin(1.0)
+    rig.idle()
+    rig.reset()
+    rig.spin(0.1)
+
+
+# --- the table
+
+
+def run(rows: Sequence[Row], repeat: int, seed: int, work: Path, domain_id: int, control: bool) -> list[dict[str, Any]]:
+    """Play what is missing of every row, and of the control run; one faulty row does not stop the others."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "trials.jsonl"
+    records = read_trials(path)
+    done = {(r["row"], r["k"], r["seed"], r["control"]) for r in records}
+    todo = [(row, k, False) for row in rows for k in range(repeat)]
+    todo += [(row, k, True) for row in rows if row.control and control for k in range(max(1, repeat // 4))]
+    missing = [(row, k, unsafe) for row, k, unsafe in todo if (row.id, k, seed, unsafe) not in done]
+    missing.sort(key=lambda item: (rig_key(*item), list(ROWS).index(item[0].id), item[1]))
+    with progress() as bar, path.open("a") as lines:
+        task = bar.add_task("chaos", total=len(todo), completed=len(todo) - len(missing), text="")
+        with Rigs(domain_id) as rigs:
+            for row, k, unsafe in missing:
+                record = attempt(rigs, row, k, unsafe, seed)
+                record |= {"load": os.getloadavg()[0], "commit": git("rev-parse", "HEAD"), "time": time.time()}
+                lines.write(json.dumps(record) + "\n")
+                lines.flush()
+                records.append(record)
+                bar.update(
+                    task, advance=1, text=f"{row.id} {'' if record['ok'] else '; '.join(record['problems'])[:80]}"
+                )
+    wanted = {row.id for row in rows}
+    return [r for r in records if r["row"] in wanted and r["k"] < repeat and r["seed"] == seed]
+
+
+def rig_key(row: Row, k: int, unsafe: bool) -> tuple[str, int, bool]:
+    """Return which rig a repetition runs on."""
+    return row.robots[k // len(row.variants) % len(row.robots)], row.loss[k % len(row.loss)], unsafe
+
+
+def attempt(rigs: Rigs, row: Row, k: int, unsafe: bool, seed: int) -> dict[str, Any]:
+    """Play a repetition; a rig that does not work is replaced, once."""
+    for last in (False, True):
+        try:
+            return repetition(row, rigs.get(*rig_key(row, k, unsafe)), k, seed)
+        except (TimeoutError, Void, queue.Empty, OSError) as e:
+            rigs.close()
+            if last:
+                variant = row.variants[k % len(row.variants)]
+                return {
+                    "row": row.id, "k": k, "seed": seed, "variant": variant, "loss": row.loss[k % len(row.loss)],
+                    "control": unsafe, "ok": False, "problems": [f"rig: {e}"],
+                }  # fmt: skip
+    raise AssertionError
+
+
+class Rigs:
+    """The rig of the moment; another kind replaces it."""
+
+    def __init__(self, domain_id: int) -> None:
+        self._domain_id = domain_id
+        self._rig: Rig | None = None
+        self._key: Any = None
+
+    def get(self, robot: str, loss: int, unsafe: bool) -> Rig:
+        """Return a rig of a kind."""
+        key = (robot, loss, unsafe)
+        if self._rig is None or self._key != key:
+            self.close()
+            self._rig, self._key = Rig(self._domain_id, robot, loss, unsafe), key
+        return self._rig
+
+    def close(self) -> None:
+        """End the rig."""
+        if self._rig is not None:
+            self._rig.close()
+            self._rig = None
+
+    def __enter__(self) -> Rigs:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def read_trials(path: Path) -> list[dict[str, Any]]:
+    """Return the repetitions that were played before; a kill may have cut the last line."""
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    path.write_text("".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def progress() -> Progress:
+    """Return the bar: what was played last, how many, how long it will take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+
+
+def git(*arguments: str) -> str:
+    """Return git's answer, or nothing."""
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+# --- the page
+
+
+def times(records: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Return one number of every repetition that has it."""
+    return [r[key] for r in records if r.get(key) is not None]
+
+
+def spread(values: Sequence[float], digits: int = 0, scale: float = 1e3) -> str:
+    """Return p50 / max, with p99 where there are enough."""
+    if not values:
+        return "-"
+    shown = [np.median(values), *([np.percentile(values, 99)] if len(values) >= ENOUGH else []), max(values)]
+    return " / ".join(f"{scale * v:.{digits}f}" for v in shown)
+
+
+def line(row: Row, records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row's line of the table."""
+    stops = [r for r in records if r.get("stop") or (r.get("stop") is None and r.get("state"))]
+    named = [r for r in records if r.get("must_name")]
+    within = sum(r["named_s"] is not None and r["named_s"] <= NAMED for r in named)
+    extra: dict[str, list[float]] = {}
+    for r in records:
+        for name, value in r.get("extra", {}).items():
+            if not isinstance(value, bool):
+                extra.setdefault(name, []).append(value)
+    notes = [f"{name} {spread(values, 1, 1.0)}" for name, values in extra.items()]
+    bounds = sorted({r["bound_s"] for r in records if r.get("stop")})
+    if bounds:
+        notes.append(f"bound {', '.join(f'{1e3 * b:.0f}' for b in bounds)} ms")
+    voids = sum(r.get("voids", 0) for r in records)
+    if voids:
+        notes.append(f"{voids} repeated: the arm stood before the fault")
+    cells = [
+        row.id, row.fault, row.reaction, f"{sum(r['ok'] for r in records)}/{len(records)}",
+        spread(times([r for r in stops if r.get("stop")], "decel_s")),
+        spread(times([r for r in stops if r.get("stop")], "decel_from_injection_s")),
+        spread(times(stops, "state_s")), spread(times(stops, "stand_s")),
+        str(sum(sum(r.get("violations", {}).values()) for r in records)),
+        str(sum(r.get("non_finite", 0) for r in records)),
+        f"{within}/{len(named)}" if named else "-", "; ".join(notes),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+HEAD = """# Faults of the live stack, injected over real DDS
+
+`{command}`. {n} repetitions, {ok} as promised. Machine: {machine}; load average up to {load:.1f}; commit {commit};
+seed {seed}; played until {when} UTC.
+
+Processes: a light twin (a tool position in deltas or absolute, or six joints, each with a lag), the shipped policy node
+around a rule that keeps the arm on a circle at a steady speed, the shipped guard node, and a reader that sees only the
+wire and judges every command by its stamps. A fault comes at a random moment of a steady motion.
+**Condition -> deceleration** counts from the moment at which the condition of the table is true: the fault itself, or,
+where the reaction is to run out a chunk, the end of the last valid action; **fault -> deceleration** counts from the
+injection. Deceleration begins with the first command after the last one at {slower:.0%} or more of the slowest command
+of the {regular:g} s before the fault; standstill (0.01 m/s or rad/s) counts from there. Times are as commands arrive at
+the reader, p50 / max in ms (p50 / p99 / max from {enough} repetitions on). Goals: deceleration 30 / 150 ms, standstill
+500 ms, 0 violations, 0 not finite, named within 1 s. A row's own bound is in its notes: a repetition beyond it is
+not as promised.
+
+"""
+COLUMNS = (
+    "#", "fault", "reaction", "as promised", "condition -> deceleration", "fault -> deceleration", "fault -> state",
+    "deceleration -> standstill", "violations", "not finite", "named", "notes",
+)  # fmt: skip
+
+
+def page(rows: Sequence[Row], records: Sequence[Mapping[str, Any]], command: str, seed: int) -> str:
+    """Return the page of evidence."""
+    real = [r for r in records if not r["control"]]
+    load = max((r.get("load", 0.0) for r in records), default=0.0)
+    commits = sorted({r.get("commit", "")[:12] for r in records})
+    last = max((r.get("time", 0.0) for r in records), default=0.0)
+    system = f"{platform.machine()}, {platform.release()}, Python {platform.python_version()}"
+    text = HEAD.format(
+        command=command,
+        n=len(real),
+        ok=sum(r["ok"] for r in real),
+        seed=seed,
+        load=load,
+        machine=f"{os.cpu_count()} cores, {system}",
+        commit=", ".join(commits),
+        when=time.strftime("%Y-%m-%d %H:%M", time.gmtime(last)),
+        slower=SLOWER,
+        regular=REGULAR,
+        enough=ENOUGH,
+    )
+    text += f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
+    text += "\n".join(line(row, of) for row in rows if (of := [r for r in real if r["row"] == row.id]))
+    text += "\n\n## Not as promised\n\n"
+    bad: dict[tuple[str, str], int] = {}
+    for r in real:
+        for problem in r["problems"]:
+            key = (r["row"], f"{json.dumps(r['variant'], default=str)}: {problem}")
+            bad[key] = bad.get(key, 0) + 1
+    text += "\n".join(f"- {row} {what} ({n} times)" for (row, what), n in bad.items()) or "Nothing."
+    text += "\n\n## Control: the same faults with the guard's checks off\n\n"
+    controls = [(row, [r for r in records if r["control"] and r["row"] == row.id]) for row in rows if row.control]
+    lines = [
+        f"| {row.id} | {sum(caught(r) for r in of)}/{len(of)} | {what_was_caught(of)} |" for row, of in controls if of
+    ]
+    if lines:
+        text += "The reader must catch the guard doing what it should not.\n\n| # | caught | as |\n|---|---|---|\n"
+    return text + ("\n".join(lines) or "Not played.") + "\n"
+
+
+def caught(record: Mapping[str, Any]) -> bool:
+    """Return whether the reader saw a command that should not have been sent."""
+    return bool(record.get("violations") or record.get("non_finite"))
+
+
+def what_was_caught(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the kinds of what was caught and how often."""
+    total: dict[str, int] = {}
+    for r in records:
+        for name, n in {**r.get("violations", {}), "not finite": r.get("non_finite", 0)}.items():
+            total[name] = total.get(name, 0) + n
+    return ", ".join(f"{name} {n}" for name, n in total.items() if n) or "nothing"
+
+
+def failed(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what keeps the run from being a success."""
+    real, control = [r for r in records if not r["control"]], [r for r in records if r["control"]]
+    lines = [f"{r['row']} #{r['k']}: {'; '.join(r['problems'])}" for r in real if not r["ok"]]
+    for row in sorted({r["row"] for r in control}):
+        if not any(caught(r) for r in control if r["row"] == row):
+            lines.append(f"control {row}: the reader caught nothing")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the table and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help=f"comma-separated, of {', '.join(ROWS)}; default: all")
+    parser.add_argument("--repeat", type=int, default=20, help="of every row")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--domain-id", type=int, default=60)
+    parser.add_argument("--no-control", action="store_true", help="leave out the run with the guard's checks off")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "chaos", help="keeps trials.jsonl")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--overwrite", action="store_true", help="forget the trials first")
+    args = parser.parse_args(arguments)
+    unknown = [name for name in args.rows.split(",") if name and name not in ROWS]
+    if unknown:
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    rows = [ROWS[name] for name in args.rows.split(",") if name] or list(ROWS.values())
+    if args.overwrite:
+        shutil.rmtree(args.out, ignore_errors=True)
+    command = (
+        f"make chaos ({args.repeat} times each)" if not args.rows else f"rows {args.rows}, {args.repeat} times each"
+    )
+    records = run(rows, args.repeat, args.seed, args.out, args.domain_id, not args.no_control)
+    args.page.parent.mkdir(parents=True, exist_ok=True)
+    args.page.write_text(page(rows, records, command, args.seed))
+    lines = failed(records)
+    print("\n".join([*lines[:40], f"{len(records)} repetitions, {len(lines)} not as promised; {args.page}"]))
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,794 @@
+"""The processes of a chaos rig: the real nodes behind a bus that can be told to misbehave, and who judges them.
+
+    python -m benchmarks.chaos_nodes twin|policy|guard|reader|rogue|replayer '{...}'
+
+The nodes are the shipped ones; only their bus is wrapped. The policy's network is replaced by a rule that keeps the arm
+moving at a steady speed, so that a deceleration shows at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import json
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from robot_io import messages as m
+from robot_io.bus import LATCHED, STATE, Bus, open_bus
+from robot_io.nodes.serve import serve
+
+INJECT = "/chaos/inject"  # harness -> nodes: String, JSON
+APPLIED = "/chaos/applied"  # nodes -> harness: String, JSON; at = monotonic clock, which all processes share
+REGULAR = 0.3  # [s] before a fault: what the motion's slowest command is taken from
+SLOWER = 0.98  # of that speed: below it the arm decelerates
+STILL = 0.01  # [m/s] or [rad/s]: standstill, as ros2_controllers has it
+STILL_S = 0.04  # for so long
+SILENT_S = 0.1  # no command for so long: the stream has ended
+KEEP_S = 40.0  # of everything, in the reader
+
+
+# --- a bus that misbehaves on request
+
+
+class InjectBus:
+    """A bus like the one it wraps, until an order for this node comes on /chaos/inject.
+
+    An order replaces the last one: {"id": 7, "node": "policy", "out": {topic: change}, "in": {topic: change},
+    "clock": offset [s], "hang": seconds, "raise": topic, "predict": fault}. Changes of a message: see `Change`.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self.order: dict[str, Any] = {}
+        self.outgoing: dict[str, Change] = {}
+        self.incoming: dict[str, Change] = {}
+        self._said: set[Any] = set()
+        self._applied = bus.publisher(APPLIED, m.STRING, STATE)
+        bus.subscribe(INJECT, m.STRING, STATE, self._on_order)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bus, name)
+
+    def now(self) -> float:
+        """Return the wall clock, set wrong by the order."""
+        return self._bus.now() + self.order.get("clock", 0.0)
+
+    def publisher(self, topic: str, type: str, qos: Any) -> Any:
+        """Offer `topic`; what is sent passes the order's change."""
+        inner = self._bus.publisher(topic, type, qos)
+
+        def publish(message: Any) -> None:
+            change = self.outgoing.get(topic)
+            if change is None:
+                inner.publish(message)
+            else:
+                change.pass_on(message, inner.publish, lambda: self.applied(f"out {topic}"))
+
+        return SimpleNamespace(publish=publish)
+
+    def subscribe(self, topic: str, type: str, qos: Any, callback: Callable[[Any], None]) -> None:
+        """Subscribe; what comes passes the order's change, and its callback may raise or hang."""
+
+        def receive(message: Any) -> None:
+            self._misbehave(topic)
+            change = self.incoming.get(topic)
+            if change is None:
+                callback(message)
+            else:
+                change.pass_on(message, callback, lambda: self.applied(f"in {topic}"))
+
+        self._bus.subscribe(topic, type, qos, receive)
+
+    def timer(self, period_s: float, callback: Callable[[], None]) -> None:
+        """Call `callback` in a rhythm."""
+
+        def tick() -> None:
+            self._misbehave("timer")
+            callback()
+
+        self._bus.timer(period_s, tick)
+
+    def applied(self, what: str) -> None:
+        """Tell the harness, once, that an order has begun to show."""
+        key = (self.order.get("id"), what)
+        if key not in self._said:
+            self._said.add(key)
+            values = {"id": self.order.get("id"), "node": self._bus.name, "what": what, "at": time.monotonic()}
+            self._applied.publish(m.json_to_ros(self._bus.msg, values))
+
+    def _misbehave(self, where: str) -> None:
+        if self.order.get("raise") == where:
+            self.order = {**self.order, "raise": None}
+            self.applied(f"raise {where}")
+            raise RuntimeError(f"injected in the callback of {where}")
+        seconds = self.order.get("hang")
+        if seconds:
+            self.order = {**self.order, "hang": None}
+            self.applied("hang")
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                pass
+
+    def _on_order(self, message: Any) -> None:
+        order = m.json_from_ros(message)
+        if order["node"] == self._bus.name:
+            self.outgoing = {topic: Change(values) for topic, values in order.get("out", {}).items()}
+            self.incoming = {topic: Change(values) for topic, values in order.get("in", {}).items()}
+            self.order = order
+            self.applied("order")
+
+
+class Change:
+    """What happens to the messages of one topic.
+
+    {"drop": true}; {"keep": k} lets every k-th pass; {"stamp": s} moves the header's stamp; {"freeze": "old" | "new"}
+    repeats the first message with its stamp or with new ones; {"delay": s} or {"delay": s, "over": s} a ramp;
+    {"times": x} scales the payload; {"bad": "nan" | "inf", "count": n, "at": u} spoils one value of the next n;
+    {"plus": x, "every": 2} adds to every other one; {"names": "permute" | "drop" | "add" | "duplicate"}.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+        self.count = 0
+        self.begin = time.monotonic()
+        self._frozen: Any = None
+
+    def pass_on(self, message: Any, send: Callable[[Any], None], applied: Callable[[], None]) -> None:
+        """Send the message as the change wants it."""
+        values = self.values
+        self.count += 1
+        if values.get("count") is not None and self.count > values["count"]:
+            send(message)
+            return
+        if values.get("drop") or (values.get("keep") and self.count % values["keep"]):
+            applied()
+            return
+        if values.get("every") and self.count % values["every"]:
+            send(message)
+            return
+        message = self._changed(message)
+        if "delay" in values:
+            over = values.get("over", 0.0)
+            share = min(1.0, (time.monotonic() - self.begin) / over) if over else 1.0
+            applied()
+            threading.Timer(values["delay"] * share, send, (message,)).start()
+            return
+        applied()  # before it is sent: the time from which on it counts
+        send(message)
+
+    def _changed(self, message: Any) -> Any:
+        values = self.values
+        if "freeze" in values:
+            self._frozen = self._frozen or message
+            frozen = copy.copy(self._frozen)
+            if values["freeze"] == "new":
+                frozen.header = message.header
+            return frozen
+        if not any(k in values for k in ("stamp", "times", "bad", "plus", "names")):
+            return message
+        message = copy.deepcopy(message)
+        if "stamp" in values:
+            total = m.stamp_of(message) + values["stamp"]
+            message.header.stamp.sec, nanosec = divmod(round(total * 1e9), 10**9)
+            message.header.stamp.nanosec = nanosec
+        if "times" in values:
+            each_number(message, lambda x: x * values["times"])
+        if "plus" in values:
+            each_number(message, lambda x: x + values["plus"])
+        if "bad" in values:
+            spoil(message, float(values["bad"]), values.get("at", 0.0))
+        if "names" in values:
+            rename(message, values["names"])
+        return message
+
+
+PAYLOAD = ("positions", "velocities", "effort", "position", "data")  # fields that carry numbers of a motion
+
+
+def slots(message: Any) -> list[tuple[Any, Any]]:
+    """Return (holder, key) of every number of a message's payload; times, stamps and rotations are none."""
+    found: list[tuple[Any, Any]] = []
+    for point in getattr(message, "points", [message]):
+        for name in PAYLOAD:
+            values = getattr(point, name, None)
+            if isinstance(values, np.ndarray):
+                values = values.copy()
+                setattr(point, name, values)
+                found += [(values, i) for i in range(len(values))]
+        vectors = [t.translation for t in getattr(point, "transforms", [])]
+        vectors += [t.linear for t in getattr(point, "velocities", []) if hasattr(t, "linear")]
+        if hasattr(point, "pose"):
+            vectors.append(point.pose.position)
+        found += [(vector.__dict__, axis) for vector in vectors for axis in "xyz"]
+    return found
+
+
+def each_number(message: Any, change: Callable[[float], float]) -> None:
+    """Change every number of a message's payload."""
+    for holder, key in slots(message):
+        holder[key] = change(holder[key])
+
+
+def spoil(message: Any, value: float, at: float) -> None:
+    """Set one number, at a share in [0, 1) of them, to a value that is not finite."""
+    found = slots(message)
+    holder, key = found[int(at * len(found))]
+    holder[key] = value
+
+
+def rename(message: Any, how: str) -> None:
+    """Break the names of a JointState; one joint alone is renamed where an order would need two."""
+    names = list(message.name)
+    if how == "permute":
+        message.name = names[1:] + names[:1] if len(names) > 1 else [f"other_{names[0]}"]
+    elif how == "drop":
+        message.name, message.position = names[1:], message.position[1:]
+    elif how == "add":
+        message.name, message.position = [*names, "nobody"], np.append(message.position, 0.0)
+    else:
+        message.name, message.position = [*names, names[0]], np.append(message.position, 0.0)
+
+
+# --- a point for an arm
+
+
+def field(name: str, kind: str, size: int, low: float, high: float, reference: str | None = None) -> dict[str, Any]:
+    """Return one field of an embodiment, SI."""
+    return {
+        "name": name, "kind": kind, "size": size, "unit": "m", "frame": "base",
+        "mode": "delta" if reference else "absolute", "reference": reference, "scale": 1.0, "slot": 0,
+        "low": [low] * size, "high": [high] * size,
+    }  # fmt: skip
+
+
+LIMITS = {  # as of an arm, not of a point: it takes time and room to stop
+    "max_speed": 1.0, "max_acceleration": 15.0, "max_jerk": 3000.0, "max_lag": 0.15,
+    "workspace_low": [-0.5, 0.3, 0.0], "workspace_high": [0.5, 1.1, 0.6],
+}  # fmt: skip
+JOINTS = [f"joint_{i}" for i in range(6)]
+JOINT_LIMITS = {
+    "names": JOINTS, "low": [-1.5] * 6, "high": [1.5] * 6, "velocity": [2.0] * 6, "acceleration": [12.0] * 6,
+    "jerk": [3000.0] * 6, "max_lag": 0.6,
+}  # fmt: skip
+CAMERAS = [{"name": name, "height": 24, "width": 32, "slot": i} for i, name in enumerate(("corner", "wrist"))]
+COMMON = {"obs_dt": 0.05, "action_dt": 0.0125, "control_hz": 80.0, "cameras": CAMERAS}
+GRIP = field("grip_target", "gripper_position", 1, 0, 1)
+MEASURED = [field("hand", "ee_position", 3, -2, 2), field("grip", "gripper_position", 1, 0, 1)]
+ROBOTS: dict[str, dict[str, Any]] = {
+    "point": {
+        **COMMON, "name": "point", "robot": "a point", "state": MEASURED, "limits": LIMITS,
+        "action": [field("hand_delta", "ee_position", 3, -0.01, 0.01, "commanded"), GRIP],
+    },
+    "point_absolute": {
+        **COMMON, "name": "point_absolute", "robot": "a point", "state": MEASURED, "limits": LIMITS,
+        "action": [field("hand_target", "ee_position", 3, -2, 2), GRIP],
+    },
+    "joints": {
+        **COMMON, "name": "joints", "robot": "six joints", "limits": {"joints": JOINT_LIMITS},
+        "driver": {"command": "joint_trajectory", "joints": JOINTS},
+        "state": [field("arm", "joint_position", 6, -3, 3), field("grip", "gripper_position", 1, 0, 1)],
+        "action": [field("arm_target", "joint_position", 6, -3, 3), GRIP],
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Orbit:
+    """A circle in two axes of a robot's space."""
+
+    center: np.ndarray
+    axes: tuple[int, int]
+    radius: float
+    speed: float
+
+    def at(self, angle: float | np.ndarray) -> np.ndarray:
+        """Return the configuration at an angle, [d] or [n d]."""
+        x = np.zeros((*np.shape(angle), len(self.center))) + self.center
+        x[..., self.axes[0]] += self.radius * np.cos(angle)
+        x[..., self.axes[1]] += self.radius * np.sin(angle)
+        return x
+
+
+TOOL = Orbit(np.array([0.0, 0.7, 0.3]), (0, 2), 0.1, 0.3)
+ORBITS = {"point": TOOL, "point_absolute": TOOL, "joints": Orbit(np.zeros(6), (0, 1), 0.3, 0.5)}
+
+
+class PointEnv:
+    """Numbers that follow their commands with a lag of a few steps, and a gripper that follows at a limited speed."""
+
+    instruction = "circle"
+    success = False
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._delta = ROBOTS[name]["action"][0]["mode"] == "delta"
+
+    def reset(self, *, seed: int, options: Mapping[str, str]) -> None:
+        """Begin on the circle."""
+        self.commanded = ORBITS[self._name].at(0.0)
+        self.hand, self.grip = self.commanded.copy(), 0.5
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray]]:
+        """Advance by a step."""
+        motion = np.asarray(action[:-1], float)
+        self.commanded = self.commanded + motion if self._delta else motion
+        self.hand = self.hand + 0.5 * (self.commanded - self.hand)
+        self.grip += float(np.clip(float(action[-1]) - self.grip, -0.02, 0.02))
+        return ({"state": self._state()},)
+
+    def _state(self) -> np.ndarray:
+        return np.array([*self.hand, self.grip], np.float32)
+
+    def observe(self) -> Any:
+        """Return images that change with the hand."""
+        image = np.zeros((24, 32, 3), np.uint8)
+        image[0, :4] = np.frombuffer(self.hand[:3].astype(np.float32).tobytes(), np.uint8).reshape(4, 3)
+        return SimpleNamespace(images={"corner": image, "wrist": image[::-1].copy()}, state=self._state())
+
+    def warnings(self) -> dict[str, int]:
+        """Return nothing: no simulator, no warnings."""
+        return {}
+
+    def close(self) -> None:
+        """Free nothing."""
+
+
+class Circle:
+    """Move on a circle at a steady speed, from wherever the arm is; thinks for 30 ms, or as its order says."""
+
+    def __init__(self, name: str, bus: InjectBus, steps: int = 24) -> None:
+        embodiment = ROBOTS[name]
+        self.dt, self.steps, self.bus, self.orbit = embodiment["action_dt"], steps, bus, ORBITS[name]
+        self.name, self.delta = embodiment["name"], embodiment["action"][0]["mode"] == "delta"
+
+    def predict(self, history: Any, *, seed: int, **options: Any) -> Any:
+        """Return a chunk, spoiled as the bus's order says."""
+        time.sleep(0.03)
+        fault = self.bus.order.get("predict") or {}
+        now = history[-1]
+        motion = self._motion(np.array(now.state[:-1], float), now.stamp, fault)
+        values = np.column_stack([motion, np.full(self.steps, 0.5 + 0.4 * np.sign(np.sin(now.stamp)))])
+        values = self._spoil(values, fault)
+        return SimpleNamespace(values=values, stamp=now.stamp, action_dt=self.dt, embodiment=self.name)
+
+    def _motion(self, hand: np.ndarray, stamp: float, fault: Mapping[str, Any]) -> np.ndarray:
+        orbit, step = self.orbit, self.orbit.speed * self.dt
+        if "toward" in fault:  # straight on, into whatever is there
+            direction = np.resize(np.array(fault["toward"], float), len(hand))
+            way = np.tile(step * direction, (self.steps, 1))
+            return way if self.delta else hand + np.cumsum(way, axis=0)
+        if not self.delta:  # by time, so that chunks agree
+            return orbit.at(orbit.speed / orbit.radius * (stamp + self.dt * (1 + np.arange(self.steps))))
+        rows = []
+        i, j = orbit.axes
+        for _ in range(self.steps):
+            off = hand - orbit.center
+            direction = np.zeros(len(hand))
+            distance = max(float(np.hypot(off[i], off[j])), 1e-3)
+            direction[i], direction[j] = -off[j] / distance, off[i] / distance
+            back = -off
+            back[i], back[j] = (orbit.radius / distance - 1) * off[i], (orbit.radius / distance - 1) * off[j]
+            direction = direction + 8 * back
+            rows.append(step * direction / np.linalg.norm(direction))
+            hand = hand + rows[-1]
+        return np.array(rows)
+
+    def _spoil(self, values: np.ndarray, fault: Mapping[str, Any]) -> np.ndarray:
+        if fault:
+            self.bus.applied(f"predict {next(iter(fault))}")
+        if "sleep" in fault:
+            time.sleep(fault["sleep"])
+        if "raise" in fault:
+            raise RuntimeError("injected in predict")
+        if "bad" in fault:
+            values[fault["step"] % len(values), fault["dim"] % values.shape[1]] = float(fault["bad"])
+        if "bang" in fault:
+            values[:, :-1] *= np.where(np.arange(len(values)) % 2, 8.0, -8.0)[:, None] * fault["bang"]
+        if "times" in fault:
+            values[:, :-1] *= fault["times"]
+        if fault and "sleep" not in fault:
+            self.bus.applied("predicted")
+        return values
+
+
+def run_twin(*, bus: Bus, robot: str, command_timeout: float = 0.1) -> Any:
+    """Return the shipped twin node around a point."""
+    from robot_io.nodes.twin import TwinNode
+
+    return TwinNode(bus, PointEnv(robot), ROBOTS[robot], command_timeout, inject=True)
+
+
+def run_policy(*, bus: Bus, robot: str, hash: str = "0" * 64, changes: Mapping[str, Any] | None = None) -> Any:
+    """Return the shipped policy node around a rule; `changes` make it another robot's."""
+    from robot_io.nodes.policy import PolicyNode
+
+    embodiment = {**ROBOTS[robot], **(changes or {})}
+    names = ("images", "state", "instruction", "stamp")
+
+    def observation(*values: Any) -> Any:
+        return SimpleNamespace(**dict(zip(names, values, strict=True)))
+
+    timing: dict[str, Any] = {"slop": 0.033, "max_age": 0.15, "interval": 0.0}
+    rule: Any = Circle(robot, bus)  # pyright: ignore[reportArgumentType]
+    return PolicyNode(bus, rule, embodiment, hash, observation, n_obs_steps=2, seed=0, **timing)
+
+
+def run_guard(*, bus: Bus, robot: str, config: Mapping[str, Any]) -> Any:
+    """Return the shipped guard node."""
+    from robot_io.core.guard import GuardConfig
+    from robot_io.nodes.guard import GuardNode
+
+    with contextlib.suppress(PermissionError):  # as the shipped guard does
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
+    return GuardNode(bus, GuardConfig(**config), ROBOTS[robot], require_preflight=False)
+
+
+# --- the judge
+
+
+class Reader:
+    """Record what is on the wire, by arrival and by stamp, and give verdicts; knows nothing from the harness but times.
+
+    Commands of every writer are streams of their own. A verdict is asked for over stdin and answered on stdout.
+    """
+
+    def __init__(self, bus: Any, robot: str) -> None:
+        from robot_io.core.limits import parse_robot
+
+        self.bus = bus
+        self.robot = parse_robot(ROBOTS[robot])
+        assert self.robot.bounds is not None
+        self.bounds = self.robot.bounds
+        self.commands: deque[Any] = deque()  # (arrival, writer, stamp, position, speed)
+        self.measured: deque[Any] = deque()  # (arrival, position)
+        self.violations: deque[Any] = deque()  # (arrival, what)
+        self.details: deque[Any] = deque()  # (arrival, spacing and speeds of the commands of a violation)
+        self.states: deque[Any] = deque()  # (arrival, state, reason)
+        self.texts: deque[Any] = deque()  # (arrival, text)
+        self.executed: deque[Any] = deque()  # (arrival, chunk stamp, index)
+        self.episode: dict[str, Any] = {}
+        self._streams: dict[Any, Any] = {}
+        self._subscribe()
+        self._asked: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=lambda: [self._asked.put(line) for line in sys.stdin], daemon=True).start()
+        bus.timer(0.01, self._answer)
+
+    def _subscribe(self) -> None:
+        from robot_io.bus import COMMAND
+        from robot_io.live import COMMANDS
+        from robot_io.nodes import topics as t
+
+        driver = self.robot.driver
+        deep: dict[str, Any] = {"depth": 400}
+        subscribe = self.bus.subscribe
+        subscribe(driver.command_topic, COMMANDS[driver.command], replace(COMMAND, **deep), self._on_command)
+        subscribe(driver.gripper_topic, m.JOINT_TRAJECTORY, replace(COMMAND, **deep), self._on_gripper)
+        if driver.joints:
+            subscribe(driver.joints_topic, m.JOINT_STATE, replace(STATE, **deep), self._on_joints)
+        else:
+            subscribe(driver.pose_topic, m.POSE, replace(STATE, **deep), self._on_pose)
+        subscribe(t.EXECUTED, t.chunk_type(self.robot), replace(STATE, **deep), self._on_executed)
+        subscribe(t.POLICY_STATE, m.STRING, LATCHED, lambda x: self._keep(self.texts, f"policy: {x.data}"))
+        subscribe(t.GUARD_STATE, m.STRING, LATCHED, self._on_state)
+        subscribe(t.EPISODE_STATE, m.STRING, STATE, self._on_episode)
+        subscribe(t.DIAGNOSTICS, m.DIAGNOSTICS, STATE, self._on_diagnostics)
+
+    def stop(self) -> None:
+        """Leave."""
+        self.bus.shutdown()
+
+    def close(self) -> None:
+        """Leave the graph."""
+        self.bus.close()
+
+    def _keep(self, queue: deque[Any], *values: Any) -> None:
+        now = time.monotonic()
+        queue.append((now, *values))
+        while queue[0][0] < now - KEEP_S:
+            queue.popleft()
+
+    def _on_command(self, message: Any) -> None:
+        from robot_io.live import EnvelopeReader, command_of
+
+        if message.header.frame_id == "rogue":
+            return
+        writer = message.sample_info.publication_handle
+        stamp, position = command_of(self.robot, message, time.time())
+        if writer not in self._streams:
+            self._streams[writer] = {"envelope": EnvelopeReader(self.robot.space, self.bounds), "last": None}
+        stream = self._streams[writer]
+        before = Counter(stream["envelope"].violations)
+        before["non_finite"], gaps = stream["envelope"].non_finite, stream["envelope"].gaps
+        stream["envelope"].take(stamp, position)
+        after = Counter(stream["envelope"].violations)
+        after["non_finite"] = stream["envelope"].non_finite
+        for what in after - before:
+            self._keep(self.violations, what)
+            recent = stream["envelope"].recent()
+            detail = {"what": what, "dt_ms": [round(1e3 * float(b[0] - a[0]), 3) for a, b in pairwise(recent)]}
+            detail["speeds"] = [
+                round(float(np.linalg.norm(b[1] - a[1]) / (b[0] - a[0])), 4) for a, b in pairwise(recent)
+            ]
+            self._keep(self.details, detail)
+        new = stream["last"] is None or stream["envelope"].gaps > gaps
+        speed = stream["envelope"].speed()
+        self._on_stream(new, stream["last"], position)
+        stream["last"] = (stamp, position, time.monotonic())
+        self._keep(self.commands, writer, stamp, position, speed)
+
+    def _on_stream(self, new: bool, last: Any, position: np.ndarray) -> None:
+        """A stream begins at the measured position; one that is interrupted goes on within the limits of speed."""
+        if not new:
+            return
+        pause = np.inf if last is None else time.monotonic() - last[2]
+        if (
+            last is not None
+            and pause < SILENT_S
+            and np.linalg.norm(position - last[1]) > self.bounds.speed[0] * (pause + 0.05)
+        ):
+            self._keep(self.violations, "jump across a gap of stamps")
+        if last is None and self.measured:
+            away = float(np.linalg.norm(position - self.measured[-1][1]))
+            if away > 0.02:
+                self._keep(self.violations, f"first command {away:.3f} m from the measured position")
+
+    def _on_gripper(self, message: Any) -> None:
+        values = np.concatenate([np.concatenate([p.positions, p.velocities, p.effort]) for p in message.points])
+        if message.header.frame_id != "rogue" and not np.all(np.isfinite(values)):
+            self._keep(self.violations, "non_finite gripper")
+
+    def _on_pose(self, message: Any) -> None:
+        self._keep(self.measured, m.pose_from_ros(message)[0])
+
+    def _on_joints(self, message: Any) -> None:
+        with contextlib.suppress(ValueError, KeyError):  # names that are wrong on purpose
+            found = m.joints_from_ros(message)
+            self._keep(self.measured, np.array([found[name] for name in self.robot.driver.joints]))
+
+    def _on_executed(self, message: Any) -> None:
+        step = m.executed_from_ros(message)
+        self._keep(self.executed, step.chunk, step.index)
+
+    def _on_state(self, message: Any) -> None:
+        values = m.json_from_ros(message)
+        self._keep(self.states, values["state"], values["reason"])
+        self._keep(self.texts, f"{values['state']}: {values['reason']} | {values['refused']}")
+
+    def _on_episode(self, message: Any) -> None:
+        self.episode = m.json_from_ros(message)
+
+    def _on_diagnostics(self, message: Any) -> None:
+        for name, status in m.diagnostics_from_ros(message).items():
+            counts = ", ".join(f"{k} {v}" for k, v in status["values"].items())
+            self._keep(self.texts, f"{name}: {status['message']} ({counts})")
+
+    def _answer(self) -> None:
+        while not self._asked.empty():
+            print(json.dumps(self.verdict(**json.loads(self._asked.get())), allow_nan=False), flush=True)
+
+    def verdict(self, since: float, t0: float, until: float, names: str) -> dict[str, Any]:
+        """Judge a repetition.
+
+        Args:
+            since: from when on every command counts [s, monotonic].
+            t0: when the fault began.
+            until: the end.
+            names: regular expression of a text that names the fault.
+        """
+        commands = [c for c in self.commands if since <= c[0] <= until]
+        broken = Counter(what for at, what in self.violations if since <= at <= until)
+        non_finite = sum(n for what, n in broken.items() if what.startswith("non_finite"))
+        measured = [(at, p) for at, p in self.measured if since <= at <= until]
+        low, high = self.bounds.low, self.bounds.high
+        named = [(at, text) for at, text in self.texts if at >= t0 - 0.001 and re.search(names, text)]
+        state = next(((at, s, why) for at, s, why in self.states if at >= t0), None)
+        chunks = [stamp for at, stamp, _ in self.executed if since <= at <= until]
+        stop = self._stop(commands, t0)
+        covered = [at for at, _, _ in self.executed if at <= t0 + (stop["still_s"] or np.inf)]
+        return {
+            "commands": len(commands),
+            "violations": {k: v for k, v in broken.items() if not k.startswith("non_finite")},
+            "details": [d for at, d in self.details if since <= at <= until][:5],
+            "non_finite": non_finite,
+            "measured_outside": sum(not (np.all(p >= low) and np.all(p <= high)) for _, p in measured),
+            "warnings": sum(self.episode.get("warnings", {}).values()),
+            **stop,
+            "queue_s": covered[-1] + self.robot.action_dt - t0 if covered else None,
+            "measured_still_s": _still_since(measured, t0),
+            "state": None if state is None else {"s": state[0] - t0, "state": state[1], "reason": state[2]},
+            "states": [s for at, s, _ in self.states if t0 <= at <= until],
+            "named": None if not named else {"s": max(0.0, named[0][0] - t0), "text": named[0][1][:300]},
+            "executed": len(chunks),
+            "executed_back": sum(b < a for a, b in pairwise(chunks)),
+            "speeds": [round(c[4], 4) for c in commands if c[0] > t0 and np.isfinite(c[4])][:30],
+        }
+
+    def _stop(self, commands: Sequence[Any], t0: float) -> dict[str, Any]:
+        """Find the deceleration that ends in the first standstill after t0.
+
+        It begins with the first command after the last one that was as fast as the slowest of the regular motion.
+        """
+        regular = [c[4] for c in commands if t0 - REGULAR <= c[0] <= t0 and np.isfinite(c[4])]
+        after = [c for c in commands if c[0] > t0]
+        result: dict[str, Any] = {
+            "speed": float(np.median(regular)) if regular else None,
+            "decel_s": None, "still_s": None, "ended_s": None,
+        }  # fmt: skip
+        times = [t0, *(c[0] for c in after)]
+        gap = next((a for a, b in zip(times, [*times[1:], np.inf], strict=True) if b - a > SILENT_S), None)
+        if gap is not None and time.monotonic() - gap > SILENT_S:
+            result["ended_s"] = gap - t0
+        moved = [(c[0], c[4]) for c in after if np.isfinite(c[4])]
+        still = _first_still(moved)
+        if still is None and regular and moved and result["ended_s"] is not None:
+            at, speed = moved[-1]  # a stream that ends at rest ends with the last bit of its braking
+            still = at if at <= t0 + result["ended_s"] + 0.01 and speed < 0.2 * min(regular) else None
+        if not regular or still is None:
+            return result
+        threshold = SLOWER * min(regular)
+        fast = [c[0] for c in after if c[0] <= still and c[4] >= threshold]
+        last = max(fast, default=t0)
+        slower = [c[0] for c in after if c[0] > last]
+        return {**result, "decel_s": slower[0] - t0, "still_s": still - t0}
+
+
+def _first_still(speeds: Sequence[tuple[float, float]]) -> float | None:
+    begin = None
+    for at, speed in speeds:
+        if speed > STILL:
+            begin = None
+        elif begin is None:
+            begin = at
+        if begin is not None and at - begin >= STILL_S:
+            return begin
+    return None
+
+
+def _still_since(measured: Sequence[tuple[float, np.ndarray]], t0: float) -> float | None:
+    """Return when the measured position stopped to move for good [s after t0]."""
+    after = [(at, p) for at, p in measured if at >= t0]
+    if not after:
+        return None
+    end = after[-1][1]
+    moving = [at for at, p in after if np.linalg.norm(p - end) > 1e-3]
+    return (max(moving) - t0) if moving else 0.0
+
+
+# --- others on the wire
+
+
+class Rogue:
+    """A second commander on request: {"node": "rogue", "on": true, "send": "nothing" | "nan" | "poses"}."""
+
+    def __init__(self, bus: Any, robot: str) -> None:
+        from robot_io.core.limits import parse_robot
+
+        self.bus, self._domain, self._robot = bus, bus.domain_id, parse_robot(ROBOTS[robot])
+        self._other: Any = None
+        self._applied = bus.publisher(APPLIED, m.STRING, STATE)
+        bus.subscribe(INJECT, m.STRING, STATE, self._on_order)
+        bus.timer(0.02, self._send)
+
+    def stop(self) -> None:
+        """Leave."""
+        self.bus.shutdown()
+
+    def close(self) -> None:
+        """Leave the graph."""
+        self.bus.close()
+
+    def _on_order(self, message: Any) -> None:
+        from robot_io.bus import COMMAND
+        from robot_io.nodes.topics import command_type
+
+        order = m.json_from_ros(message)
+        if order["node"] != "rogue":
+            return
+        if self._other is not None:
+            self._other.close()
+            self._other = None
+        at = time.monotonic()
+        if order.get("on"):
+            self._send_what = order["send"]
+            self._other = open_bus("dds", "intruder", self._domain)
+            self._pose = self._other.publisher(self._robot.driver.command_topic, command_type(self._robot), COMMAND)
+        values = {"id": order["id"], "node": "rogue", "what": "order", "at": at}
+        self._applied.publish(m.json_to_ros(self.bus.msg, values))
+
+    def _send(self) -> None:
+        if self._other is not None and self._send_what != "nothing":
+            x = ORBITS[self._robot.name].center.copy()
+            if self._send_what == "nan":
+                x[0] = np.nan
+            if self._robot.driver.joints:
+                message = m.joint_command_to_ros(
+                    self.bus.msg, self.bus.now(), self._robot.driver.joints, x, 0 * x, 0.01
+                )
+                message.header.frame_id = "rogue"
+            else:
+                message = m.pose_to_ros(self.bus.msg, self.bus.now(), x, "rogue")
+            self._pose.publish(message)
+
+
+class Replayer:
+    """Record chunks and play them back as they were: {"node": "replayer", "how": "duplicate" | "late" | "reorder"}."""
+
+    def __init__(self, bus: Any, robot: str) -> None:
+        from robot_io.bus import COMMAND
+        from robot_io.core.limits import parse_robot
+        from robot_io.nodes import topics as t
+
+        self.bus, motion = bus, t.chunk_type(parse_robot(ROBOTS[robot]))
+        self._order: dict[str, Any] = {}
+        self._kept: deque[Any] = deque(maxlen=60)  # (arrival, publisher, message)
+        self._applied = bus.publisher(APPLIED, m.STRING, STATE)
+        for topic, type in ((t.CHUNK, motion), (t.CHUNK_GRIPPER, m.JOINT_TRAJECTORY)):
+            publisher = bus.publisher(topic, type, COMMAND)
+            bus.subscribe(topic, type, COMMAND, lambda message, p=publisher: self._on_chunk(p, message))
+        bus.subscribe(INJECT, m.STRING, STATE, self._on_order)
+        bus.timer(0.03, self._send)
+
+    def stop(self) -> None:
+        """Leave."""
+        self.bus.shutdown()
+
+    def close(self) -> None:
+        """Leave the graph."""
+        self.bus.close()
+
+    def _on_chunk(self, publisher: Any, message: Any) -> None:
+        if not self._order.get("how"):  # what is heard while playing is one's own
+            self._kept.append((time.monotonic(), publisher, message))
+
+    def _on_order(self, message: Any) -> None:
+        order = m.json_from_ros(message)
+        if order["node"] == "replayer":
+            self._order = order
+            values = {"id": order["id"], "node": "replayer", "what": "order", "at": time.monotonic()}
+            self._applied.publish(m.json_to_ros(self.bus.msg, values))
+
+    def _send(self) -> None:
+        how, kept = self._order.get("how"), list(self._kept)
+        if not how or not kept:
+            return
+        chosen = {"duplicate": kept[-2:], "late": kept[:2], "reorder": kept[::-1][:12]}[how]
+        for _, publisher, message in chosen:
+            publisher.publish(message)
+
+
+ROLES: dict[str, Callable[..., Any]] = {
+    "twin": run_twin, "policy": run_policy, "guard": run_guard,
+    "reader": Reader, "rogue": Rogue, "replayer": Replayer,
+}  # fmt: skip
+
+
+def main(role: str, arguments: Mapping[str, Any]) -> None:
+    """Run one process of a rig."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: nobody outlives the harness
+    values = dict(arguments)
+    domain, loss = values.pop("domain_id"), values.pop("loss", 0)
+    bus: Any = open_bus("dds", role, domain, loss_permille=loss)
+    if role in ("twin", "policy", "guard"):
+        bus = InjectBus(bus)
+    serve(ROLES[role](bus=bus, **values))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)
