@@ -279,7 +279,6 @@ def _driver(values: Mapping[str, Any], motion: Field, gripper: Optional[Field], 
     if joint and len(joints) != motion.size:
         raise ValueError(f"{where}.joints: {motion.name} has {motion.size} values, got {len(joints)} names: {joints}")
     form = _one_of(given.get("gripper", "joint_trajectory"), GRIPPERS, f"{where}.gripper")
-    effort = gripper is not None and gripper.kind == "gripper_effort"
     names = given.get("gripper_names", joint_names(gripper) if gripper else ())
     return Driver(
         command=command,
@@ -292,7 +291,7 @@ def _driver(values: Mapping[str, Any], motion: Field, gripper: Optional[Field], 
         gripper_names=_names(names, f"{where}.gripper_names"),
         gripper_hysteresis=_not_negative(given, "gripper_hysteresis", where),
         gripper_dwell=_not_negative(given, "gripper_dwell", where),
-        gripper_direction=int(_one_of(given.get("gripper_direction", -1 if effort else 1), (1, -1), where)),
+        gripper_direction=int(_one_of(given.get("gripper_direction", 1), (1, -1), where)),
         mode_topic=given.get("mode_topic", "/driver/mode"),
         required_mode=given.get("required_mode"),
     )
