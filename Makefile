@@ -1,10 +1,10 @@
-# make demo | test | lint | bench | evidence | evidence-store | chaos | soak; the first call creates .venv from pyproject.toml and constraints.txt
+# make demo | test | lint | bench | evidence... | chaos | soak; the first call creates .venv from pyproject.toml and constraints.txt
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-store chaos soak
+.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store chaos mutation soak soak-core
 MINUTES ?= 30
 REPEAT ?= 20
 
@@ -31,6 +31,9 @@ evidence: $(VENV)/.installed  ## hours: three training seeds, baselines, multita
 evidence-doctor: $(VENV)/.installed  ## minutes: precision and recall of the doctor; writes docs/evidence/doctor.md
 	@$(BIN)/python benchmarks/doctor.py
 
+evidence-preflight: $(VENV)/.installed  ## minutes: which mistakes preflight names; writes docs/evidence/preflight.md
+	@$(BIN)/python benchmarks/preflight.py
+
 evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other fault of a store; resumes
 	@$(BIN)/python benchmarks/store_faults.py
 
@@ -39,6 +42,12 @@ chaos: $(VENV)/.installed  ## under an hour, on an idle machine: every fault of 
 
 soak: $(VENV)/.installed  ## MINUTES armed, on an idle machine, adds to what was played; writes docs/evidence/live_soak.md
 	@$(BIN)/python -m benchmarks.live_soak --minutes $(MINUTES)
+
+mutation: $(VENV)/.installed  ## hours: mutates the guard's core against tests/test_guard.py; resumes
+	@$(BIN)/python benchmarks/mutation.py $(ARGS)
+
+soak-core: $(VENV)/.installed  ## hours: the guard's core through random events on a fake clock, 1e7 ticks; resumes
+	@$(BIN)/python benchmarks/soak_core.py $(ARGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Dita needs Python 3.11 or 3.12 with venv: apt-get install python3 python3-venv"; exit 1; }

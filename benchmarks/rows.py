@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.harness import Case
+from benchmarks.live_rows import node_latency, stitching
 from benchmarks.loader_rows import loader
 from benchmarks.policy_rows import denoise_exact, tick_gpu, tick_stream, train_multinoise
 from benchmarks.process_rows import memory, startup
@@ -17,4 +18,6 @@ ROWS: dict[str, Callable[[str], list[Case]]] = {
     "loader": loader,
     "memory": memory,
     "startup": startup,
+    "node_latency": node_latency,
+    "stitching": stitching,
 }

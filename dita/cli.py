@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -123,8 +123,15 @@ def build_parser() -> argparse.ArgumentParser:
         dita robot live checkpoint=outputs/train/demo out=outputs/live
         dita robot twin
         dita robot policy checkpoint=outputs/train/demo
-        dita robot guard""", True)  # fmt: skip
-    robot.add_argument("role", choices=["live", "twin", "policy", "guard"])
+        dita robot guard
+        dita robot preflight checkpoint=outputs/train/demo preflight.data=[data/demo.zarr]
+        dita robot record episodes=10 store=data/live.zarr
+        dita robot teleop instruction='press the button'
+        dita robot operator command=arm
+        dita robot blackbox show=outputs/live/black_box/20261126T201500.250_R3-state-older""", True)  # fmt: skip
+    roles = ["live", "record", "twin", "policy", "guard", "preflight", "recorder", "teleop", "operator", "blackbox"]
+    robot.add_argument("role", choices=roles, help=" | ".join(roles), metavar="ROLE")
+    robot.add_argument("--i-know", action="store_true", help="guard: may be armed though no preflight passed")
     _add_exist(robot)
     bench = verb("bench-policy", _bench_policy, "Time one control tick of a checkpoint: image in, chunk out.", """
         dita bench-policy outputs/train/demo
@@ -326,6 +333,8 @@ def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _robot(args: argparse.Namespace, overrides: list[str]) -> None:
     config = compose("robot", overrides, LiveConfig)
+    if args.i_know:
+        config = replace(config, require_preflight=False)
     from robot_io.live import run_role
 
     run_role(args.role, config, args.exist)

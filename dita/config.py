@@ -292,6 +292,26 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
+class PreflightConfig:
+    """`dita robot preflight`: the checklist before the first motion."""
+
+    data: tuple[str, ...]  # training stores to compare with; empty: the sample in the policy folder
+    save: bool  # write that sample, from `data`
+    windows: int  # training windows to compare with and to replay
+    listen: float  # [s]
+    replay: bool  # send training windows through topics, policy and guard
+    replay_domain: int  # where nobody else is
+    move: bool  # close and open the gripper
+    stay: bool  # until Ctrl-C, for a guard that starts later
+    out: str  # folder; gets preflight.json
+
+    def __post_init__(self) -> None:
+        _require(self.windows > 0, f"robot.preflight.windows must be positive, got {self.windows}")
+        _require(self.listen > 0, f"robot.preflight.listen must be positive, got {self.listen}")
+        _require(not self.save or bool(self.data), "robot.preflight.save samples preflight.data: name its stores")
+
+
+@dataclass(frozen=True)
 class LiveConfig:
     """`dita robot live`: twin, policy and guard as three processes over DDS; times in seconds."""
 
@@ -331,6 +351,22 @@ class LiveConfig:
     path: Literal["auto", "graph", "compiled", "eager"]  # auto: CUDA graphs on a GPU; falls back, and says why
     start_timeout: float  # until every process has joined
     episode_timeout: float  # until an episode is over
+    command: str | None  # operator: one order; None: the console
+    store: str  # recorder: folder
+    instruction: str | None  # recorder: of episodes; None: what is on the topic
+    codec: Literal["raw", "jpeg"]  # recorder
+    record_gap: float  # recorder: longest time without an executed step
+    record_seconds: float  # recorder: longest episode
+    record_mb: float  # recorder: pictures of one episode in memory
+    show: str | None  # black box: print this record
+    black_box_seconds: float  # kept
+    black_box_mb: float  # in memory
+    black_box_hz: float  # pictures per camera
+    black_box_after: float  # of a reaction, until it is written
+    black_box_interval: float  # between two records
+    black_box_records: int  # on disk
+    black_box_disk_mb: float
+    preflight: PreflightConfig
 
     def __post_init__(self) -> None:
         _require(self.episodes > 0, f"robot.episodes must be positive, got {self.episodes}")

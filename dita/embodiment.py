@@ -25,18 +25,28 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+def embodiment_file(name_or_path: str | Path) -> Path:
+    """Return the file (YAML or JSON) of an embodiment by shipped name or path.
+
+    Raises:
+        ValueError: no such name (the shipped ones are listed).
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        path = config_folder() / "embodiment" / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in (config_folder() / "embodiment").glob("*.yaml"))
+        raise ValueError(f"no embodiment {str(name_or_path)!r}; shipped: {', '.join(known)}; or give a .yaml file")
+    return path
+
+
 def load_embodiment(name_or_path: str | Path) -> EmbodimentSpec:
     """Load an embodiment by shipped name ("metaworld_sawyer") or from a YAML file.
 
     Raises:
         ValueError: no such name (the shipped ones are listed), or a field is missing, unknown or inconsistent.
     """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml"):
-        path = config_folder() / "embodiment" / f"{name_or_path}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in (config_folder() / "embodiment").glob("*.yaml"))
-        raise ValueError(f"no embodiment {str(name_or_path)!r}; shipped: {', '.join(known)}; or give a .yaml file")
+    path = embodiment_file(name_or_path)
     return embodiment_from_dict(yaml.safe_load(path.read_text()), where=str(path))
 
 

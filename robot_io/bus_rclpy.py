@@ -19,7 +19,7 @@ from rclpy.qos import qos_policy_name_from_kind  # pyright: ignore[reportMissing
 from rclpy.signals import SignalHandlerOptions  # pyright: ignore[reportMissingImports]
 
 from robot_io.bus import Qos, Stopper, Timer, TypeWatch, Writer, wait_for_writer
-from robot_io.node_rclpy import SUCCESS, Node, class_of, message, profile_of, qos_of
+from robot_io.node_rclpy import SUCCESS, Latched, Node, class_of, message, profile_of, qos_of
 
 try:
     from rclpy import event_handler as events  # pyright: ignore[reportMissingImports]
@@ -41,6 +41,7 @@ class RclpyBus:
         self._liveliness: Dict[str, Callable[[int], None]] = {}
         self._subscribed: List[Tuple[str, str]] = []
         self._publishers: List[Any] = []
+        self._latched: List[Latched] = []
         self._timers: List[Timer] = []
         self._starts: List[Callable[[], None]] = []
         self._ends: List[Callable[[], Any]] = []
@@ -77,6 +78,8 @@ class RclpyBus:
         try:
             for publisher in self._publishers:
                 publisher.on_activate(None)  # those that were made after rclpy's own round
+            for held in self._latched:
+                held.flush()
             for start in self._starts:
                 start()
             self.timer(1.0, self._look)
@@ -102,8 +105,9 @@ class RclpyBus:
     def clear(self) -> None:
         for end in reversed(self._ends):
             end()
-        for made in (self._ends, self._starts, self._timers, self._publishers, self._subscribed, self._liveliness):
+        for made in (self._ends, self._starts, self._timers, self._publishers, self._latched, self._subscribed):
             made.clear()
+        self._liveliness.clear()
         self.built, self._stopper = None, Stopper(self.log)
 
     def leave(self, reason: str) -> None:
@@ -128,7 +132,10 @@ class RclpyBus:
         self._publishers.append(made)
         if self.active:
             made.on_activate(None)
-        return made
+        if not qos.latched:
+            return made
+        self._latched.append(Latched(made, qos.depth))
+        return self._latched[-1]
 
     def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
         """Call `callback(message)` for every message on `topic`."""

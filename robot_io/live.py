@@ -43,6 +43,7 @@ from robot_io.nodes.topics import (
 if TYPE_CHECKING:
     from dita.config import LiveConfig
 
+TOGETHER = ("twin", "policy", "guard", "blackbox")  # what `live` starts
 LAST_LINES = 12  # of a crashed child
 GAP_S = 0.05  # a longer pause in the command stream is a new stream
 QUEUE = 320  # of the judge: it must miss no command even if it is kept waiting for 2 s
@@ -411,13 +412,13 @@ def _play_one(operator: Operator, config: "LiveConfig") -> Dict[str, Any]:
     return {**twin, **record, "chunks": latency["n"], "p50_ms": latency["p50"]}
 
 
-def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
-    """Return the arguments of each node's entry in `robot_io.nodes`."""
+def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[str, Any]]:
+    """Return the arguments of each node's entry in `robot_io.nodes`; `exist`: what to do with a recorder's store."""
     guard = {"tick_hz", "state_timeout", "stream_timeout", "hold_timeout", "max_skew", "clamp_margin"}
     values: Dict[str, Dict[str, Any]] = {
         "guard": {
             **{name: getattr(config, name) for name in guard},
-            "embodiment": _guards_file(config),
+            "embodiment": guards_file(config),
             "require_preflight": config.require_preflight,
         },
         "twin": {
@@ -440,11 +441,43 @@ def arguments_of(config: "LiveConfig") -> Dict[str, Dict[str, Any]]:
             "n_action_steps": config.n_action_steps,
             "compressed": config.compressed,
         },
+        "recorder": {
+            "embodiment": config.env.embodiment,
+            "store": config.store,
+            "instruction": config.instruction or "",
+            "codec": config.codec,
+            "exist": exist,
+            "state_gap": config.slop,
+            "action_gap": config.record_gap,
+            "max_seconds": config.record_seconds,
+            "max_memory": round(config.record_mb * 1e6),
+        },
+        "blackbox": {
+            "embodiment": guards_file(config),
+            "folder": str(Path(config.out) / "black_box"),
+            "show": config.show,
+            "seconds": config.black_box_seconds,
+            "max_memory": round(config.black_box_mb * 1e6),
+            "image_hz": config.black_box_hz,
+            "after": config.black_box_after,
+            "interval": config.black_box_interval,
+            "max_records": config.black_box_records,
+            "max_bytes": round(config.black_box_disk_mb * 1e6),
+        },
+        "teleop": {"embodiment": guards_file(config), "instruction": config.instruction or ""},
+        "operator": {"embodiment": guards_file(config), "command": config.command},
+    }
+    shared = set(values["policy"]) - {"interval"}
+    values["preflight"] = {
+        **{name: values["policy"][name] for name in shared},
+        "embodiment": guards_file(config),
+        **{name: getattr(config, name) for name in ("state_timeout", "max_skew", "tick_hz", "clamp_margin")},
+        **asdict(config.preflight),
     }
     return {name: {"bus": _bus_arguments(config), **arguments} for name, arguments in values.items()}
 
 
-def _guards_file(config: "LiveConfig") -> str:
+def guards_file(config: "LiveConfig") -> str:
     """Return the embodiment file that the guard reads by itself."""
     from dita.embodiment import config_folder
 
@@ -453,25 +486,29 @@ def _guards_file(config: "LiveConfig") -> str:
     return str(Path(name).resolve() if is_file else config_folder() / "embodiment" / f"{name}.yaml")
 
 
-def commands_of(config: "LiveConfig") -> Dict[str, List[str]]:
+def commands_of(config: "LiveConfig", names: Sequence[str] = TOGETHER, exist: str = "error") -> Dict[str, List[str]]:
     """Return the command line of each process of a run in simulation, which needs no preflight."""
     python = [sys.executable, "-m", "robot_io.nodes"]
-    arguments = arguments_of(replace(config, require_preflight=False))
-    return {name: [*python, name, json.dumps(values), "--with-parent"] for name, values in arguments.items()}
+    arguments = arguments_of(replace(config, require_preflight=False), exist)
+    return {name: [*python, name, json.dumps(arguments[name]), "--with-parent"] for name in names}
 
 
 def run_role(role: str, config: "LiveConfig", exist: str = "error") -> None:
-    """Run `live`, or one of its nodes by itself.
+    """Run `live` or `record`, or one node by itself.
 
     Raises:
         ValueError: no such role.
     """
     if role == "live":
         live(config, exist=exist)
+    elif role == "record":
+        from robot_io.record import record
+
+        record(config, exist=exist)
     elif role in NODES:
-        entry(role)(**arguments_of(config)[role])
+        entry(role)(**arguments_of(config, exist)[role])
     else:
-        raise ValueError(f"no role {role!r}; there are live, {', '.join(NODES)}")
+        raise ValueError(f"no role {role!r}; there are live, record, {', '.join(NODES)}")
 
 
 def _bus_arguments(config: "LiveConfig") -> Dict[str, Any]:
@@ -506,13 +543,13 @@ def live(
         raise FileExistsError(f"{target} exists; --resume keeps it, --overwrite replaces it")
     slow = 1 / config.real_time_factor
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminate_as_interrupt())
+        stack.enter_context(terminate_as_interrupt())
         children = stack.enter_context(Children())
         for name, command in {**commands_of(config), **(commands or {})}.items():
             children.start(name, command)
         bus = open_bus(name="live", **_bus_arguments(config))
         stack.callback(bus.close)
-        judge = Judge(bus, load_robot(_guards_file(config))[0])
+        judge = Judge(bus, load_robot(guards_file(config))[0])
         operator = Operator(bus, judge, children)
         progress = stack.enter_context(_progress(config.episodes))
         _join(operator, config)
@@ -586,7 +623,7 @@ def _write(target: Path, result: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
+def terminate_as_interrupt() -> Iterator[None]:
     """Let SIGTERM unwind like Ctrl-C, so that the children are ended."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -2,7 +2,8 @@
 
 import array
 import importlib
-from typing import Any, Callable, List
+from collections import deque
+from typing import Any, Callable, Deque, List
 
 import numpy as np
 from rcl_interfaces.msg import SetParametersResult  # pyright: ignore[reportMissingImports]
@@ -66,6 +67,26 @@ class Node(LifecycleNode):
             text = f"{', '.join(mine)}: read when the node is configured; deactivate and clean it up before"
             return SetParametersResult(successful=False, reason=text)
         return SetParametersResult(successful=True)
+
+
+class Latched:
+    """A publisher that sends what was latched before the node was active as soon as it is; rclpy's drops it."""
+
+    def __init__(self, publisher: Any, depth: int) -> None:
+        self._publisher = publisher
+        self._held: Deque[Any] = deque(maxlen=depth)
+
+    def publish(self, message: Any) -> None:
+        """Send one message, or hold it."""
+        if self._publisher.is_activated:
+            self._publisher.publish(message)
+        else:
+            self._held.append(message)
+
+    def flush(self) -> None:
+        """Send what is held."""
+        while self._held:
+            self._publisher.publish(self._held.popleft())
 
 
 def class_of(type: str) -> Any:

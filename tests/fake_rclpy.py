@@ -12,6 +12,7 @@ import enum
 import importlib.util
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -271,7 +272,8 @@ class Context:
 
 def init(*, args=None, context=None, domain_id=None, signal_handler_options=None):
     assert isinstance(context, Context) and signal_handler_options is SignalHandlerOptions.NO
-    context.domain_id, context._ok = domain_id or 0, True
+    context.domain_id = int(os.environ.get("ROS_DOMAIN_ID", "0")) if domain_id is None else domain_id
+    context._ok = True
 
 
 class InvalidParameterTypeException(Exception):
@@ -336,6 +338,8 @@ class Wire(DdsBus):
 class LifecyclePublisher:
     def __init__(self, inner, kind):
         self._inner, self._kind, self._enabled = inner, kind, False
+
+    is_activated = property(lambda self: self._enabled)
 
     def on_activate(self, state):
         self._enabled = True

@@ -175,9 +175,9 @@ class Arm:
         self.measured = home_of(self.robot) if home is None else np.array(home, float)
         self.opening: float | None = None
         self.checker = Checker(values)
-        self.sent: list[Command] = []
+        self.sent: deque[Command] = deque(maxlen=10_000)
         self.executed: list[Executed] = []
-        self.fresh, self._ids = True, 0
+        self.fresh, self.ticks, self._ids = True, 0, 0
         self.guard.on_state(self.now, self.measured)
 
     @property
@@ -225,6 +225,7 @@ class Arm:
         """Let time pass."""
         for _ in range(round(seconds / TICK / periods)):
             self.now += periods * TICK
+            self.ticks += 1
             if self.fresh:
                 self.guard.on_state(self.now, self.measured, self.opening)
             command, executed = self.guard.tick(self.now, periods)

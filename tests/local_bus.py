@@ -52,6 +52,9 @@ class LocalBus:
     def log(self, level: str, text: str) -> None:
         self.logged.append((level, text))
 
+    def on_qos_mismatch(self, callback: Callable[[str], None]) -> None:
+        pass
+
     def on_liveliness(self, topic: str, callback: Callable[[int], None]) -> None:
         pass
 

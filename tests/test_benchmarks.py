@@ -63,7 +63,10 @@ def test_the_table_says_met_missed_and_not_measured(tmp_path) -> None:
     assert "| d | 12,346 windows/s | 999 windows/s | 12.40x | reported | - |" in table
     assert table.count("- denoise_exact, d and e: no goal") == 1 and "- **denoise_exact**, b: where" in table
     # a quick run never counts
-    assert "Not yet measured: tick_stream, tick_gpu, train_multinoise, loader, memory, startup." in table
+    assert (
+        "Not yet measured: tick_stream, tick_gpu, train_multinoise, loader, memory, startup, node_latency, stitching."
+        in table
+    )
 
 
 def test_unknown_rows_are_refused(capsys) -> None:

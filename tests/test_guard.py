@@ -175,7 +175,7 @@ def test_gripper_is_held_between_steps_and_never_moved_by_a_fault():
     assert arm.run(DT).sent[-1].gripper is None
     arm.guard.on_chunk(Chunk(arm.now + TICK, DT, np.zeros((2, 3)), np.array([-1.0, 0.5])), arm.now)
     arm.run(0.05)
-    assert [c.gripper for c in arm.sent[-8:]] == [-1.0] + 7 * [0.5], "no values in between"
+    assert [c.gripper for c in list(arm.sent)[-8:]] == [-1.0] + 7 * [0.5], "no values in between"
     arm.guard.fault("a test", arm.now)
     arm.run(1.0)
     assert arm.sent[-1].gripper == 0.5
@@ -253,7 +253,7 @@ def test_steady_motion_is_followed_without_ripple_or_lag():
     arm = Arm().arm()
     arm.guard.on_chunk(chunk(arm.now + TICK, np.full((24, 3), [0.006, 0, 0])), arm.now)
     arm.run(0.28)
-    speeds = np.diff([c.configuration[0] for c in arm.sent[-16:]]) / TICK
+    speeds = np.diff([c.configuration[0] for c in list(arm.sent)[-16:]]) / TICK
     np.testing.assert_allclose(speeds, 0.006 / DT, rtol=0.01)
     expected = HOME[0] + 0.006 / DT * (arm.now - T0)  # from T0 + TICK; a command is for the time of the next one
     assert arm.sent[-1].configuration[0] == pytest.approx(expected, abs=1e-4)
@@ -481,7 +481,7 @@ def test_arming_needs_a_fresh_state_inside_the_workspace_and_nobody_else():
 def test_nothing_moves_while_idle_and_disarming_brakes_first():
     arm = Arm()
     assert arm.guard.on_chunk(chunk(arm.now, np.zeros((4, 3))), arm.now) == "chunk while not armed"
-    assert arm.run(0.1).sent == []
+    assert not arm.run(0.1).sent
     arm.arm()
     arm.guard.on_chunk(chunk(arm.now + 1e-4, np.full((24, 3), [0.008, 0, 0])), arm.now)
     arm.run(0.1)
@@ -968,7 +968,7 @@ def play_gripper(arm, *values):
     chunk = dataclasses.replace(arm.chunk(np.zeros((len(values), 3))), gripper=np.array(values, float))
     assert arm.guard.on_chunk(chunk, arm.now) is None
     arm.run(len(values) * DT)
-    return [c.gripper for c in arm.sent[first:]]
+    return [c.gripper for c in list(arm.sent)[first:]]
 
 
 def test_small_changes_of_the_gripper_are_not_sent():

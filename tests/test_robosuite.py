@@ -370,3 +370,56 @@ def test_the_guard_finds_every_limit_that_it_needs(name):
     robot = parse_robot(embodiment_to_dict(load_embodiment(name)))
     assert robot.bounds is not None and np.all(robot.bounds.speed > 0)
     assert robot.space.tangent == (6 if name == OSC else 7)
+
+
+def test_expert_lifts_the_cube_through_the_guard(button):
+    """Twin and guard on one bus in simulated time: what goes out stays within the embodiment file's limits."""
+    from local_bus import LocalBus
+
+    from robot_io import messages as m
+    from robot_io.bus import STATE
+    from robot_io.core.guard import GuardConfig
+    from robot_io.nodes.guard import GuardNode
+    from robot_io.nodes.topics import ARM, TAKEOVER
+    from robot_io.nodes.twin import TwinNode
+
+    name, tick = button.embodiment.name, 0.01
+    bus = LocalBus()
+    twin = TwinNode(bus, button, embodiment_to_dict(button.embodiment), command_timeout=0.1, expert=True)
+    config = GuardConfig(
+        tick, state_timeout=0.1, stream_timeout=0.1, hold_timeout=1.0, max_skew=0.05, clamp_margin=0.25
+    )
+    guard = GuardNode(bus, config, load_path(f"{name}.yaml"), require_preflight=False)
+    twin.reset({"episode": 0, "task": "Lift", "seed": 2})
+    bus.run(0.2)
+    bus.publisher(TAKEOVER, m.STRING, STATE).publish(m.json_to_ros(bus.msg, {"active": True}))
+    bus.publisher(ARM, m.BOOL, STATE).publish(bus.msg(m.BOOL, data=True))
+    for _ in range(100):
+        bus.run(0.1)
+        if button.success:
+            break
+    assert button.success and button.warnings() == {}
+    assert guard.guard.state.value == "ARMED" and not guard.guard.to_dict().get("R2")
+    assert (twin._episode["refused"], twin._episode["timeouts"]) == (0, 0)
+    commands, bounds = bus.sent[guard.robot.driver.command_topic], guard.robot.bounds
+    if name == JOINT:
+        path = np.array([c.points[0].positions for c in commands])
+    else:
+        path = np.array([m.pose_from_ros(c)[0] for c in commands])
+    assert (
+        len(path) > 100 and np.all(path >= bounds.low[: path.shape[1]]) and np.all(path <= bounds.high[: path.shape[1]])
+    )
+    for order, limit in ((1, bounds.speed), (2, bounds.acceleration)):
+        motion = np.diff(path, order, axis=0) / tick**order
+        size = np.abs(motion).max(0) if name == JOINT else np.linalg.norm(motion, axis=1).max()
+        assert np.all(size <= (limit if name == JOINT else limit[0]) * (1 + 1e-6)), (order, size, limit)
+
+
+@pytest.mark.parametrize("robot", ["ur5e", "kinova3", "iiwa"])
+def test_other_arms_lift_too(robot):
+    env = make(env_config(f"robosuite_{robot}_osc"), "Lift")
+    for seed in range(2):
+        env.reset(seed=seed)
+        while not env.success and env.steps < 150:
+            env.step(env.expert_action())
+        assert env.success and env.warnings() == {}

@@ -643,6 +643,7 @@ class Blinker:
     def __init__(self, bus):
         self.bus, self.ticks, self.left = bus, 0, -1
         self.light = bus.publisher("/light", m.FLOAT, STATE)
+        bus.publisher("/light/kind", m.STRING, LATCHED).publish(bus.msg(m.STRING, data="red"))
         self.quick = bus.param("quick", False)
         if bus.param("rate", 100.0) <= 0:
             raise ValueError("the rate must be positive")
@@ -696,6 +697,8 @@ def test_a_node_is_silent_and_deaf_until_activated_and_brakes_when_deactivated(m
     bus, node, watcher, seen = managed
     dim = watcher.publisher("/dim", m.FLOAT, STATE)
     assert not bus.writers("/light"), "unconfigured: nothing is there"
+    kinds = []
+    watcher.subscribe("/light/kind", m.STRING, LATCHED, lambda x: kinds.append(x.data))
     node.trigger_configure()
     blinker = bus.built
     until(watcher, lambda: watcher.writers("/light"))
@@ -703,8 +706,9 @@ def test_a_node_is_silent_and_deaf_until_activated_and_brakes_when_deactivated(m
     both(bus, watcher, 0.5)
     blinker.light.publish(bus.msg(m.FLOAT, data=9.0))
     both(bus, watcher, 0.2)
-    assert seen == [] and blinker.ticks == 0 and blinker.dimmed == [], "inactive"
+    assert seen == kinds == [] and blinker.ticks == 0 and blinker.dimmed == [], "inactive"
     node.trigger_activate()
+    until(watcher, lambda: kinds == ["red"])  # what was latched before is not lost
     until(watcher, lambda: -1.0 in seen, lambda: bus.spin(0.05))
     until(watcher, lambda: blinker.dimmed, lambda: (dim.publish(watcher.msg(m.FLOAT, data=0.25)), bus.spin(0.05)))
     assert node.fake_call("/light/set", SetBool(True)).message == "on"

@@ -269,7 +269,7 @@ def test_children_end_when_their_owner_does(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["robot", "{}"], 1, "there are guard, policy, twin"),
+        (["robot", "{}"], 1, "there are blackbox, guard, operator, policy"),
         (["guard", "{"], 1, "error:"),
         (["guard", '{"bus": {"kind": "can", "domain_id": 0}, "tick_hz": 50}'], 1, "error:"),
         (

@@ -182,7 +182,10 @@ class Guard:
             return self._accept(chunk, now)
         if self.pending is not None and chunk.stamp <= self.pending.stamp:
             return self._count("R0", "out-of-order chunk")
-        self.pending = chunk
+        if self.pending is None:  # what an operator looks at stays until it is answered
+            self.pending = chunk
+        else:
+            self.counts["chunks while one waits"] += 1
         return None
 
     def _accept(self, chunk: Chunk, now: float) -> Optional[str]:
@@ -261,6 +264,11 @@ class Guard:
         reason = self._accept(dataclasses.replace(chunk, stamp=first), now)
         if reason is not None:
             raise ValueError(f"guard: chunk {chunk_id} was not executed: {reason}")
+
+    def leave_out(self, chunk_id: int) -> None:
+        """Forget the chunk that waits for approval, so that the next one waits; another id changes nothing."""
+        if self.pending is not None and self.pending.id == chunk_id:
+            self.pending = None
 
     def take_over(self, source: str, now: float) -> None:
         """Execute the chunks of `source` only, beginning from the last command."""

@@ -12,7 +12,16 @@ import signal
 import sys
 from typing import Any, Callable, Sequence
 
-NODES = ("guard", "policy", "twin")  # the modules here that have a `run`
+NODES = (
+    "blackbox",
+    "guard",
+    "operator",
+    "policy",
+    "preflight",
+    "recorder",
+    "teleop",
+    "twin",
+)  # the modules here that have a `run`
 
 
 def entry(name: str) -> Callable[..., Any]:

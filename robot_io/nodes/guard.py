@@ -627,7 +627,11 @@ class GuardNode:
         self._show()
 
     def _on_approve(self, message: Any) -> None:
-        self.guard.approve(int(m.json_from_ros(message)["chunk"]), self.bus.now())
+        values = m.json_from_ros(message)
+        if values.get("approved", True):
+            self.guard.approve(int(values["chunk"]), self.bus.now())
+        else:
+            self.guard.leave_out(int(values["chunk"]))
         self._show()
 
 

@@ -67,6 +67,8 @@ def guard() -> None:
         _end(f"guard: {e}: source a ROS 2, and pip install what is missing beside it; --help says how to do without")
     except (ValueError, KeyError, OSError) as e:
         _end(f"guard: {e}")
+    sys.stdout.flush()
+    os._exit(0)  # DDS's own threads may outlive Python's clean-up
 
 
 def _dita(role: str) -> None:
@@ -76,13 +78,14 @@ def _dita(role: str) -> None:
     try:
         from dita.cli import main as dita
     except ImportError as e:
-        _end(f"{role}: {e.name or e} is not in {sys.executable}: run `dita robot {role}` in dita's own environment")
+        missing = (e.name or str(e)).partition(".")[0]
+        _end(f"{role}: {missing} is not in {sys.executable}: run `dita robot {role}` in dita's own environment")
     raise SystemExit(dita(["robot", role, *sys.argv[1:]]))
 
 
 def _end(text: str) -> None:
     print(f"error: {text}", file=sys.stderr, flush=True)
-    os._exit(1)  # DDS's own threads may outlive Python's clean-up
+    os._exit(1)
 
 
 def policy() -> None:

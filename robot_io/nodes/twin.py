@@ -365,11 +365,9 @@ def _turn(field: Field, goal: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """Return a rotation field's value for a goal [7] that is `motion` [6] away."""
     if field.mode == "delta":
         return motion[3:]
-    return (
-        logarithm(goal[3:])
-        if field.kind == "ee_rotation_axis_angle"
-        else np.concatenate([rotate(goal[3:], axis) for axis in np.eye(3)[:2]])
-    )
+    if field.kind == "ee_rotation_axis_angle":
+        return logarithm(goal[3:])
+    return np.concatenate([rotate(goal[3:], axis) for axis in np.eye(3)[:2]])  # two columns of its matrix
 
 
 def _quaternion(field: Field, values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,52 @@
+"""The peer of a live node: a policy behind HTTP, POST /act with an image's bytes and a state, chunk back as JSON.
+
+python -m benchmarks.act_server CHECKPOINT PORT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import torch
+
+from dita.policy.fast import PolicySession
+from dita.policy.policy import DitaPolicy
+from dita.types import RawObservation
+
+
+def main(checkpoint: str, port: int) -> None:
+    """Serve until killed."""
+    torch.set_num_threads(1)
+    session = PolicySession(DitaPolicy.from_pretrained(checkpoint))
+    camera = session.policy.specs[session.embodiment].cameras[0]
+    history: list[RawObservation] = []
+
+    class Act(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            values = json.loads(self.headers["X-Observation"])
+            image = np.frombuffer(self.rfile.read(int(self.headers["Content-Length"])), np.uint8)
+            state = np.array(values["state"], np.float32)
+            images = {camera.name: image.reshape(camera.height, camera.width, 3)}
+            history[:] = [*history[-1:], RawObservation(images, state, values["instruction"], values["stamp"])]
+            began = time.perf_counter()
+            chunk = session.predict(history, seed=0)
+            seconds = time.perf_counter() - began
+            body = json.dumps({"actions": chunk.values.tolist(), "seconds": seconds}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: object) -> None: ...
+
+    HTTPServer(("127.0.0.1", port), Act).serve_forever()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
