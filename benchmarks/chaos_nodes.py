@@ -232,10 +232,10 @@ def spoil(message: Any, value: float, at: float) -> None:
 
 
 def rename(message: Any, how: str) -> None:
-    """Break the names of a JointState; one joint alone is renamed where an order would need two."""
+    """Put the joints of a JointState into another order, which is harmless, or break their names."""
     names = list(message.name)
     if how == "permute":
-        message.name = names[1:] + names[:1] if len(names) > 1 else [f"other_{names[0]}"]
+        message.name, message.position = names[1:] + names[:1], np.roll(message.position, -1)
     elif how == "drop":
         message.name, message.position = names[1:], message.position[1:]
     elif how == "add":

@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "soak", help="keeps the segments")
     parser.add_argument("--page", type=Path, default=PAGE, help="gets live_soak.md and live_soak.json")
     parser.add_argument("--real-time-factor", type=float, default=1.0, help="below 1: slow motion, for a busy machine")
-    parser.add_argument("--domain-id", type=int, default=61)
+    parser.add_argument("--domain-id", type=int, default=59)
     args = parser.parse_args(arguments)
     tasks = demo_config(args.demo).tasks
     config = live_config(trained(args.demo), tasks, args.out, args.domain_id, args.real_time_factor)
