@@ -16,6 +16,7 @@ import numpy as np
 
 MAX_BYTES = 10 * 2**20  # of a URDF: the largest public ones are below 1 MB
 MOVING = ("revolute", "continuous", "prismatic")
+TINY = 1e-12  # [m]
 PARALLEL = 1e-12  # squared sine of an angle between two capsules' axes below which they count as parallel
 
 
@@ -247,6 +248,7 @@ def segment_box_distance(p: np.ndarray, q: np.ndarray, low: np.ndarray, high: np
     the quadratics' minima is exact.
     """
     d = q - p
+    d = np.where(np.abs(d) < TINY, 0.0, d)  # along an axis it hardly moves on, a plane would be infinitely far
     safe = np.where(d == 0, 1.0, d)
     planes = np.where(np.tile(d, 2) == 0, 0.0, np.hstack([(low - p) / safe, (high - p) / safe]))
     edges = np.sort(np.hstack([_share(planes), np.zeros((len(p), 1)), np.ones((len(p), 1))]), axis=1)
