@@ -117,6 +117,7 @@ DTYPES = {name: np.dtype(name) for name in BASE if name not in ("bool", "byte", 
 DTYPES.update(bool=np.dtype(bool), byte=np.dtype(np.uint8), char=np.dtype(np.uint8))
 
 POLICIES = {2: "durability", 11: "reliability", 8: "liveliness lease", 23: "data representation"}
+LOOK_S = 1.0  # how often writers are compared by type, which costs more [s]
 POLL_S = 0.05  # how often mismatches and live writers are looked at [s]
 _domains: Dict[int, Tuple[Domain, str]] = {}
 
@@ -307,6 +308,7 @@ class DdsBus:
         self._stopper = Stopper(self.log)
         self._timers: List[Timer] = []
         self.timer(POLL_S * self.clock.rate, self._poll)
+        self.timer(LOOK_S * self.clock.rate, self._look)
         self._types = TypeWatch(name)
         self._mismatch: Callable[[str], None] = lambda text: self.log("error", text)
         self._closed = False
@@ -452,8 +454,10 @@ class DdsBus:
                 subscription.alive = alive
                 if subscription.on_liveliness is not None:
                     self._stopper.call(subscription.on_liveliness, alive)
-            type_hash, writers = _hash(subscription.type), self.writers(subscription.topic)
-            for text in self._types.look(subscription.topic, subscription.type, type_hash, writers):
+
+    def _look(self) -> None:
+        for mine in self._subscriptions:
+            for text in self._types.look(mine.topic, mine.type, _hash(mine.type), self.writers(mine.topic)):
                 self._mismatch(text)
 
     def _report(self, mine: Any, verb: str, others: List[Writer], other_verb: str, policy: int) -> None:
