@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store chaos soak mutation soak-core
+.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store chaos mutation soak soak-core
 MINUTES ?= 30
 REPEAT ?= 20
 
@@ -37,17 +37,17 @@ evidence-preflight: $(VENV)/.installed  ## minutes: which mistakes preflight nam
 evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other fault of a store; resumes
 	@$(BIN)/python benchmarks/store_faults.py
 
-mutation: $(VENV)/.installed  ## hours: mutates the guard's core against tests/test_guard.py; resumes
-	@$(BIN)/python benchmarks/mutation.py $(ARGS)
-
-soak-core: $(VENV)/.installed  ## hours: the guard's core through random events on a fake clock, 1e7 ticks; resumes
-	@$(BIN)/python benchmarks/soak_core.py $(ARGS)
-
 chaos: $(VENV)/.installed  ## under an hour, on an idle machine: every fault of the live stack, REPEAT times; resumes
 	@$(BIN)/python -m benchmarks.chaos --repeat $(REPEAT) $(if $(ROWS),--rows $(ROWS))
 
 soak: $(VENV)/.installed  ## MINUTES armed, on an idle machine, adds to what was played; writes docs/evidence/live_soak.md
 	@$(BIN)/python -m benchmarks.live_soak --minutes $(MINUTES)
+
+mutation: $(VENV)/.installed  ## hours: mutates the guard's core against tests/test_guard.py; resumes
+	@$(BIN)/python benchmarks/mutation.py $(ARGS)
+
+soak-core: $(VENV)/.installed  ## hours: the guard's core through random events on a fake clock, 1e7 ticks; resumes
+	@$(BIN)/python benchmarks/soak_core.py $(ARGS)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Dita needs Python 3.11 or 3.12 with venv: apt-get install python3 python3-venv"; exit 1; }

@@ -232,10 +232,10 @@ def spoil(message: Any, value: float, at: float) -> None:
 
 
 def rename(message: Any, how: str) -> None:
-    """Break the names of a JointState; one joint alone is renamed where an order would need two."""
+    """Put the joints of a JointState into another order, which is harmless, or break their names."""
     names = list(message.name)
     if how == "permute":
-        message.name = names[1:] + names[:1] if len(names) > 1 else [f"other_{names[0]}"]
+        message.name, message.position = names[1:] + names[:1], np.roll(message.position, -1)
     elif how == "drop":
         message.name, message.position = names[1:], message.position[1:]
     elif how == "add":
@@ -536,7 +536,11 @@ class Reader:
         if not new:
             return
         pause = np.inf if last is None else time.monotonic() - last[2]
-        if pause < SILENT_S and np.linalg.norm(position - last[1]) > self.bounds.speed[0] * (pause + 0.05):
+        if (
+            last is not None
+            and pause < SILENT_S
+            and np.linalg.norm(position - last[1]) > self.bounds.speed[0] * (pause + 0.05)
+        ):
             self._keep(self.violations, "jump across a gap of stamps")
         if last is None and self.measured:
             away = float(np.linalg.norm(position - self.measured[-1][1]))

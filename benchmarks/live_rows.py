@@ -263,9 +263,8 @@ def _latency_cases(found: dict[str, Any], others: float) -> list[Case]:
                       {"arrival_std_s": float(np.std(found["gaps"])) if found["gaps"] else None}))  # fmt: skip
     late = sum(s > 1 / IMAGE_HZ for s in found["node"]) + max(0, found["asked"] - len(found["node"]) - WARM_UP)
     under = found["holds"]
-    none = under == 0 if quiet else None
-    cases.append(Case("underruns of the command stream", float(under), None, "", None if none is None else float(none),
-                      "0", none,
+    cases.append(Case("underruns of the command stream", float(under), None, "",
+                      float(under == 0) if quiet else None, "0", under == 0 if quiet else None,
                       noise or f"node_latency: {late} of {found['asked']} chunks later than a camera period",
                       {"deadline_misses": late, "overruns": found["guard"].get("overruns")}))  # fmt: skip
     return cases

@@ -1,8 +1,8 @@
 """Play the live stack for a long time, without faults, and against the same episodes played offline behind the guard.
 
 Segments of a few episodes are written as they end: an interrupted run continues, and a longer one adds to the same
-table. Trains the demo's policy first if there is none. Writes docs/evidence/live_soak.md and the JSON behind it. Exit code
-1 if a command was outside the envelope or not finite.
+table. Trains the demo's policy first if there is none. Writes docs/evidence/live_soak.md and the JSON behind it. Exit
+code 1 if a command was outside the envelope or not finite.
 
 make soak MINUTES=30
 python -m benchmarks.live_soak --minutes 240        adds hours to the same table
@@ -163,24 +163,31 @@ def summary(segments: Sequence[Mapping[str, Any]], played_offline: Sequence[Mapp
 
 def page(r: Mapping[str, Any], command: str) -> str:
     """Return the page of evidence."""
-    violations = sum(r["violations"].values())
-    stops = r["reactions"]["R2"] + r["reactions"]["R3"]
+    reactions, publish, latency = r["reactions"], r["publish"], r["latency_ms"]
+    kinds = ", ".join(f"{k} {v}" for k, v in r["violations"].items())
+    stops = ", ".join(f"{k} {v}" for k, v in r["stops"].items() if not k.startswith("R1")) or "none"
+    period = f"{publish['period_mean_ms']:.3f} ms; {publish['jitter_std_ms']:.3f} ms; {publish['period_max_ms']:.1f} ms"
+    time = f"{r['armed_minutes']:.1f} min in {r['segments']} segments ({r['wall_minutes']:.1f} min of wall time)"
     rows = [
-        ("armed, in all", f"{r['armed_minutes']:.1f} min in {r['segments']} segments ({r['wall_minutes']:.1f} min of wall time)"),
+        ("armed, in all", time),
         ("real-time factor, lowest", f"{r['real_time_factor']:.3f}"),
         ("commands", f"{r['commands']} at {r['tick_hz']:.0f} Hz"),
-        ("outside the envelope", f"{violations} ({', '.join(f'{k} {v}' for k, v in r['violations'].items())})"),
+        ("outside the envelope", f"{sum(r['violations'].values())} ({kinds})"),
         ("not finite", str(r["non_finite"])),
         ("late ticks (more than two periods)", str(r["late_ticks"])),
-        ("period, mean; jitter, std; longest", f"{r['publish']['period_mean_ms']:.3f} ms; {r['publish']['jitter_std_ms']:.3f} ms; {r['publish']['period_max_ms']:.1f} ms"),
-        ("image -> first command of its chunk, p50 / p99", f"{r['latency_ms']['p50']:.1f} / {r['latency_ms']['p99']:.1f} ms (n = {r['latency_ms']['n']})"),
-        ("R0 dropped, R1 clamped", f"{r['reactions']['R0']}, {r['reactions']['R1']}"),
-        ("false stops (R2 and R3; no fault was injected)", f"{stops}: {', '.join(f'{k} {v}' for k, v in r['stops'].items() if not k.startswith('R1')) or 'none'}"),
+        ("period, mean; jitter, std; longest", period),
+        (
+            "image -> first command of its chunk, p50 / p99",
+            f"{latency['p50']:.1f} / {latency['p99']:.1f} ms (n = {latency['n']})",
+        ),
+        ("R0 dropped, R1 clamped", f"{reactions['R0']}, {reactions['R1']}"),
+        ("false stops (R2 and R3; no fault was injected)", f"{reactions['R2'] + reactions['R3']}: {stops}"),
         ("simulator warnings, driver timeouts", f"{r['simulator_warnings']}, {r['driver_timeouts']}"),
-    ]  # fmt: skip
-    text = f"# The live stack without faults\n\n`{command}`. Machine: {r['machine']}; load average up to {r['load']:.1f}.\n"
-    text += f"Policy (`{r['checkpoint']}`), guard and a Meta-World twin as three processes over DDS; images at 20 Hz; a reader\n"
-    text += "of its own judges every command by its stamp.\n\n| | |\n|---|---|\n"
+    ]
+    text = f"# The live stack without faults\n\n`{command}`. Machine: {r['machine']}; "
+    text += f"load average up to {r['load']:.1f}.\n"
+    text += f"Policy (`{r['checkpoint']}`), guard and a Meta-World twin as three processes over DDS; images at 20 Hz;\n"
+    text += "a reader of its own judges every command by its stamp.\n\n| | |\n|---|---|\n"
     text += "\n".join(f"| {name} | {value} |" for name, value in rows)
     text += (
         "\n\n## The same episodes, live and offline\n\nOffline is `dita eval guard=true`: the same guard, no latency. "
@@ -195,12 +202,13 @@ def page(r: Mapping[str, Any], command: str) -> str:
         low, high = p["interval"]
         text += (
             f"- difference live - offline {p['difference']:+.1%}, 95 % {low:+.1%} .. {high:+.1%} (Tango); only offline "
-            f"{p['offline_only']}, only live {p['live_only']}; McNemar, exact: p = {p['p']:.3f}; so many pairs show 20 points "
-            f"with probability {p['power_20']:.2f}\n"
+            f"{p['offline_only']}, only live {p['live_only']}; McNemar, exact: p = {p['p']:.3f}; so many pairs show\n"
+            f"  20 points with probability {p['power_20']:.2f}\n"
         )
     text += "\n| task | seed | live | offline |\n|---|---|---|---|\n"
     for q in r["pairs"]:
-        text += f"| {q['task']} | {q['seed']} | {q['live_end']}, {q['live_steps']} | {q['offline_end']}, {q['offline_steps']} |\n"
+        ends = f"{q['live_end']}, {q['live_steps']} | {q['offline_end']}, {q['offline_steps']}"
+        text += f"| {q['task']} | {q['seed']} | {ends} |\n"
     return text
 
 
@@ -213,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "soak", help="keeps the segments")
     parser.add_argument("--page", type=Path, default=PAGE, help="gets live_soak.md and live_soak.json")
     parser.add_argument("--real-time-factor", type=float, default=1.0, help="below 1: slow motion, for a busy machine")
-    parser.add_argument("--domain-id", type=int, default=61)
+    parser.add_argument("--domain-id", type=int, default=59)
     args = parser.parse_args(arguments)
     tasks = demo_config(args.demo).tasks
     config = live_config(trained(args.demo), tasks, args.out, args.domain_id, args.real_time_factor)

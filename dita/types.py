@@ -180,7 +180,7 @@ class DriverSpec:
     gripper_names: tuple[str, ...] | None = None
     gripper_hysteresis: float | None = None  # smaller changes of the command are not sent
     gripper_dwell: float | None = None  # [s] least time between two changes
-    gripper_direction: Literal[1, -1] | None = None  # of the measured opening when the command rises; effort: -1
+    gripper_direction: Literal[1, -1] | None = None  # of the measured opening when the command rises; 1 if None
     mode_topic: str | None = None
     required_mode: str | None = None  # refuse to arm in another one
 

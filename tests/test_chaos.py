@@ -67,6 +67,7 @@ def test_frozen_pictures_keep_their_stamp_or_get_new_ones():
 def test_joint_names_break_in_every_way(how, names):
     (broken,) = passed({"names": how}, [m.joints_to_ros(message, 0.0, {"a": 1.0, "b": 2.0})])
     assert list(broken.name) == names and len(broken.position) == len(names)
+    assert dict(zip(broken.name, broken.position, strict=True)).get("b") == 2.0
 
 
 @pytest.mark.parametrize("name", ROBOTS)
@@ -197,7 +198,7 @@ def test_unknown_row_is_named(capsys):
 
 @pytest.mark.live
 def test_handful_of_rows_over_the_wire_and_a_control_that_is_caught(tmp_path):
-    arguments = ["--rows", "A1,A2,A15,A22,A24,A25", "--repeat", "1", "--out", str(tmp_path), "--domain-id", "82"]
+    arguments = ["--rows", "A1,A2,A15,A22,A24,A25", "--repeat", "1", "--out", str(tmp_path), "--domain-id", "110"]
     began = time.monotonic()
     chaos.main([*arguments, "--page", str(tmp_path / "page.md")])
     records = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]

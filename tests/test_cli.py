@@ -112,7 +112,7 @@ def test_libraries_stay_in_their_rooms() -> None:
         "av": {"dita/datasets/convert/", "dita/envs/video.py", "dita/report.py"},
         "ray": {"dita/datasets/convert/run.py"},
         "obstore": {"dita/datasets/files.py"},
-        "cyclonedds": {"robot_io/bus_dds.py"}, "rclpy": {"robot_io/bus_rclpy.py"},
+        "cyclonedds": {"robot_io/bus_dds.py"}, "rclpy": {"robot_io/bus_rclpy.py", "robot_io/node_rclpy.py"},
         "rerun": {"dita/datasets/view.py"},
     }  # fmt: skip
     for folder in ("dita", "robot_io"):

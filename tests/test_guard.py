@@ -235,10 +235,8 @@ def test_envelope_names_the_limits_that_a_step_would_break(path, broken):
 
 
 def test_reader_on_the_wire_agrees_at_uneven_times():
-    smooth, times = (
-        EnvelopeReader(ROBOT.space, ROBOT.bounds),
-        T0 + np.cumsum([0, 1, 2, 1, 1, 2, 1, 2, 2, 1, 1, 1]) * TICK,
-    )
+    smooth = EnvelopeReader(ROBOT.space, ROBOT.bounds)
+    times = T0 + np.cumsum([0, 1, 2, 1, 1, 2, 1, 2, 2, 1, 1, 1]) * TICK
     for t in times:  # 0.5 m/s^2 after a start at 0.6 m/s
         smooth.take(t, shifted(HOME, 0.6 * (t - T0) + 0.25 * (t - T0) ** 2, 0, 0))
     assert sum(smooth.violations.values()) == 0

@@ -279,7 +279,6 @@ def _driver(values: Mapping[str, Any], motion: Field, gripper: Optional[Field], 
     if joint and len(joints) != motion.size:
         raise ValueError(f"{where}.joints: {motion.name} has {motion.size} values, got {len(joints)} names: {joints}")
     form = _one_of(given.get("gripper", "joint_trajectory"), GRIPPERS, f"{where}.gripper")
-    effort = gripper is not None and gripper.kind == "gripper_effort"
     names = given.get("gripper_names", joint_names(gripper) if gripper else ())
     return Driver(
         command=command,
@@ -292,7 +291,7 @@ def _driver(values: Mapping[str, Any], motion: Field, gripper: Optional[Field], 
         gripper_names=_names(names, f"{where}.gripper_names"),
         gripper_hysteresis=_not_negative(given, "gripper_hysteresis", where),
         gripper_dwell=_not_negative(given, "gripper_dwell", where),
-        gripper_direction=int(_one_of(given.get("gripper_direction", -1 if effort else 1), (1, -1), where)),
+        gripper_direction=int(_one_of(given.get("gripper_direction", 1), (1, -1), where)),
         mode_topic=given.get("mode_topic", "/driver/mode"),
         required_mode=given.get("required_mode"),
     )
@@ -395,7 +394,8 @@ def _limits(values: Mapping[str, Any], where: str) -> Limits:
     for capsule in given.get("capsules", ()):
         _keys(capsule, {"link", "radius", "start", "end"}, set(), f"{where}.capsules")
         _positive(capsule, "radius", f"{where}.capsules")
-        _vector(capsule, "start", 3, f"{where}.capsules"), _vector(capsule, "end", 3, f"{where}.capsules")
+        for end in ("start", "end"):
+            _vector(capsule, end, 3, f"{where}.capsules")
     found["capsules"] = tuple(dict(c) for c in given.get("capsules", ()))
     pairs = [_names(pair, f"{where}.ignore_pairs") for pair in given.get("ignore_pairs", ())]
     if any(len(pair) != 2 for pair in pairs):
