@@ -153,11 +153,14 @@ def main() -> None:
     parser.add_argument("--survivors", action="store_true", help="run again what survived, after better tests")
     options = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import hypothesis.strategies  # noqa: F401  what every mutant would import again
     import numpy  # noqa: F401
     import pytest  # noqa: F401
     import ruckig  # noqa: F401
 
-    import dita.embodiment  # noqa: F401  what every mutant would import again
+    import dita.embodiment  # noqa: F401
+    import robot_io.bus
+    import robot_io.messages  # noqa: F401
 
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     RESULTS.parent.mkdir(exist_ok=True)

@@ -1256,4 +1256,4 @@ def test_an_embodiment_from_before_drivers_is_read_as_it_was():
     assert parse_robot(embodiment_to_dict(spec)).driver == parse_robot(values).driver
     driver = parse_robot(values).driver
     assert (driver.command, driver.command_topic, driver.pose_topic) == ("pose", "/target_pose", "/tool_pose")
-    assert (driver.gripper_direction, driver.gripper_hysteresis, driver.required_mode) == (-1, 0.0, None)
+    assert (driver.gripper_direction, driver.gripper_hysteresis, driver.required_mode) == (1, 0.0, None)
