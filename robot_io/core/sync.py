@@ -92,7 +92,7 @@ class FrozenCameras:
     def __init__(self, frames: int = FROZEN_FRAMES, moved: float = MOVED) -> None:
         self._frames, self._moved = frames, moved
         self._last: Dict[str, np.ndarray] = {}
-        self._since: Dict[str, Tuple[int, Optional[np.ndarray]]] = {}  # identical frames since it moved, state at the first
+        self._since: Dict[str, Tuple[int, Optional[np.ndarray]]] = {}  # frames alike since it moved, state at the first
         self._frozen: List[str] = []
 
     def clear(self) -> None:
