@@ -104,6 +104,10 @@ def test_a_picture_that_repeats_while_the_arm_moves_is_a_frozen_camera():
     assert cameras.take("right", picture, moved).startswith("left frozen")
     assert cameras.take("left", picture, moved) == "", "it takes pictures again"
     assert [cameras.take("right", picture, None) for _ in range(9)] == [""] * 9, "nobody knows whether it moves"
+    rested = FrozenCameras(frames=4, moved=0.01)
+    assert [rested.take("left", picture, still) for _ in range(20)] == [""] * 20
+    assert rested.take("left", picture, moved) == "", "pictures from before it moved prove nothing"
+    assert [bool(rested.take("left", picture, moved)) for _ in range(2)] == [False, True]
 
 
 # ---- inference

@@ -92,7 +92,7 @@ class FrozenCameras:
     def __init__(self, frames: int = FROZEN_FRAMES, moved: float = MOVED) -> None:
         self._frames, self._moved = frames, moved
         self._last: Dict[str, np.ndarray] = {}
-        self._since: Dict[str, Tuple[int, Optional[np.ndarray]]] = {}  # identical frames, state at the first of them
+        self._since: Dict[str, Tuple[int, Optional[np.ndarray]]] = {}  # frames alike since it moved, state at the first
         self._frozen: List[str] = []
 
     def clear(self) -> None:
@@ -103,11 +103,13 @@ class FrozenCameras:
         """Take a picture and the state that was measured last; return what is frozen, or ""."""
         last, self._last[camera] = self._last.get(camera), image
         same = last is not None and last.shape == image.shape and np.array_equal(last, image)
-        count, first = self._since.get(camera, (0, None)) if same else (0, None)
+        count, first = self._since.get(camera, (1, None)) if same else (1, None)
         first = state if first is None else first
-        self._since[camera] = (count + 1, first)
         away = 0.0 if state is None or first is None else float(np.max(np.abs(state - first), initial=0.0))
-        if count + 1 >= self._frames and away > self._moved and camera not in self._frozen:
+        # those from before it moved prove nothing: an arm that begins to move is ahead of its pictures
+        count += same and away > self._moved
+        self._since[camera] = (count, first)
+        if count >= self._frames and camera not in self._frozen:
             self._frozen.append(camera)
         elif not same and camera in self._frozen:
             self._frozen.remove(camera)
