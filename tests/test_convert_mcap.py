@@ -799,7 +799,7 @@ def test_messages_that_do_not_parse_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"encoding": "16UC1"}, "rgb8 or bgr8"),
+        ({"encoding": "16UC1"}, "send rgb8, bgr8"),
         ({"step": 3 * W - 1}, "step"),
         ({"data": np.zeros(10, np.uint8)}, "needs"),
         ({"height": H + 4}, "pixels|needs"),

@@ -68,6 +68,6 @@ def test_the_readme_python_works(demo, monkeypatch) -> None:
 def test_a_busy_demo_folder_is_refused_with_what_differs(demo, capsys) -> None:
     assert main(["train", f"run={demo}/train", f"data.stores=[{{path:{demo}/demonstrations.zarr,weight:1}}]"]) == 1
     assert "--resume" in capsys.readouterr().err
-    out = [f"out={demo}/eval", f"env.tasks=[{TASK}]", "episodes=3", "--resume"]
+    out = [f"out={demo}/eval", f"env.tasks=[{TASK}]", "seed=5", "--resume"]
     assert main(["eval", f"{demo}/train", *out]) == 1
-    assert "episodes" in capsys.readouterr().err
+    assert "seed" in capsys.readouterr().err
