@@ -119,6 +119,7 @@ class Guard:
         self._fresh_by = -math.inf  # until when stale state is only held, after a jump of the clock
         self._jumped = ""  # what `on_state` found, for the next tick
         self._over = 0  # steps in a row that were far outside the action's limits
+        self._distrust = False  # held for such steps: only a chunk without any of them goes on
         self._silent = False  # the driver stopped: send nothing until armed again
         self._wanted: Optional[float] = None  # gripper, before hysteresis and dwell
         self._gripper_moved = -math.inf
@@ -192,9 +193,12 @@ class Guard:
         """Let a chunk be executed in place of the older one."""
         if not self._is_fresh(now):
             return self._count("R0", "chunk before fresh state")
+        if self._distrust and self._far_out(chunk, now):
+            return self._count("R0", "chunk out of the action's limits while held for that")
         dropped = self.buffer.offer(chunk, now)
         if dropped is not None:
             return self._count("R0", dropped)
+        self._distrust = False
         if self._alive is not None:
             self._alive = now
         if self.machine.apply("resume", "a good chunk"):
@@ -305,7 +309,7 @@ class Guard:
         self._sent.clear()
         self._bad.clear()
         self.pending = self._check = self._alive = None
-        self._over, self._silent, self._fresh_by = 0, False, -math.inf
+        self._over, self._distrust, self._silent, self._fresh_by = 0, False, False, -math.inf
         self._rebase(measured)
         self.machine.apply("arm", "armed, WITH THE CHECKS OFF" if self.config.unsafe_checks_off else "armed")
 
@@ -416,7 +420,7 @@ class Guard:
             self._count("R1", "action clamped")
         self._over = self._over + 1 if np.max(excess) > self.config.clamp_margin else 0
         if self._over > self.config.clamp_steps:
-            self._over = 0
+            self._over, self._distrust = 0, True
             self.hold(f"{self._axis(int(np.argmax(excess)))} out of the action's limits for too long", time)
         return clamped
 
@@ -660,6 +664,11 @@ class Guard:
         if excess[worst] > GROSS:
             return self.fault(f"{self._axis(worst)} is {excess[worst]:.1f} half ranges out: another unit?", now)
         return None
+
+    def _far_out(self, chunk: Chunk, now: float) -> bool:
+        """Return whether a step that is not over yet is outside the action's limits by more than rounding."""
+        due = chunk.motion[max(0, math.floor((now - chunk.stamp) / chunk.dt)) :]
+        return bool(np.any(_excess(due, self._action_low, self._action_high) > self.config.clamp_margin))
 
     def _axis(self, i: int) -> str:
         return self.space.axes[i]
