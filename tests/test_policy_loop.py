@@ -409,12 +409,6 @@ def rig():
 
 
 def test_valid_observations_become_chunks_with_running_ids_and_their_stamps(rig):
-    rig.check()
-    assert rig.state == {
-        "ok": False,
-        "reason": "no observation: nothing yet from corner, /tool_pose, /joint_states",
-        "reaction": "R2",
-    }
     rig.run(0.05)
     rig.wait(lambda: len(rig.bus.sent.get(CHUNK, [])) == 1)
     rig.run(0.05)
@@ -426,6 +420,24 @@ def test_valid_observations_become_chunks_with_running_ids_and_their_stamps(rig)
     assert len(rig.policy.calls[1][0]) == 2 and rig.policy.calls[1][1] == {}
     contract = m.json_from_ros(rig.bus.sent[CONTRACT][-1])
     assert contract["policy"] == {"mode": "latency_compensated"} and contract["hash"] == "0" * 64
+
+
+def test_arming_gives_the_first_observation_as_long_as_a_silence_may_take(rig):
+    nothing = "no observation: nothing yet from corner, /tool_pose, /joint_states"
+    rig.guard("IDLE")
+    rig.bus.time += 0.16
+    rig.check()
+    assert rig.state == {"ok": False, "reason": nothing, "reaction": "R2"}
+    rig.guard("ARMED")
+    rig.check()
+    assert rig.state["ok"], "a guard that has just been armed is not held for what was never asked"
+    rig.bus.time += 0.14
+    rig.check()
+    rig.guard("HOLDING")
+    assert rig.state["ok"]
+    rig.bus.time += 0.02
+    rig.check()
+    assert rig.state == {"ok": False, "reason": nothing, "reaction": "R2"}, "said anew, for the guard to hold"
 
 
 def test_a_silent_camera_stops_the_policy_within_the_bound_and_its_return_starts_it_again(rig):

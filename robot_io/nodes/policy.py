@@ -94,13 +94,14 @@ class PolicyNode:
         self._guard: Tuple[Any, ...] = ()
         self._instruction = ""
         self._problem: Optional[Tuple[str, str]] = ("nothing seen yet", "R2")  # and its reaction
-        self._shown: Any = None
+        self._shown: Any = False  # nothing yet; None: that there is no problem
         self._refused: Dict[str, int] = {}  # why there was no observation -> how often
         self._reason = "nothing seen yet"  # why there is none now
         self._flushed = ""  # why all that was seen is forgotten, until something is seen again
         self._strange = ""  # state outside the training data
         self._failed = ""  # the last prediction, and why
         self._valid_at = -np.inf  # steady time of the last valid observation
+        self._armed_at = -np.inf  # steady time; what was asked of it begins there
         self._offset = bus.now() - bus.steady()
         self._said: Dict[str, float] = {}
         self._id = 0
@@ -234,6 +235,8 @@ class PolicyNode:
         armed = state in (State.ARMED, State.HOLDING)
         if (armed and not self._armed) or source != (self._guard or (None, source))[1]:
             self._loop.clear()
+        if armed and not self._armed:
+            self._armed_at = self.bus.steady()
         if (state, source, speed) != self._guard:
             with self._lock:  # what was planned is not what will be done
                 self._stitcher.clear()
@@ -316,7 +319,8 @@ class PolicyNode:
             return future, "R3"
         if frozen:
             return frozen, "R2"
-        if self.bus.steady() - self._valid_at > self._silence:
+        since = self._valid_at if self._flushed else max(self._valid_at, self._armed_at)
+        if self.bus.steady() - since > self._silence:
             silent = self._sync.latest(self.bus.now())[1]
             return f"no observation: {self._flushed or silent or self._reason}", "R2"
         if not self._instruction:
