@@ -467,7 +467,7 @@ def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[s
         "teleop": {"embodiment": guards_file(config), "instruction": config.instruction or ""},
         "operator": {"embodiment": guards_file(config), "command": config.command},
     }
-    shared = set(values["policy"]) - {"interval"}
+    shared = ("checkpoint", "seed", "num_inference_steps", "device", "precision", "path", "slop", "max_age")
     values["preflight"] = {
         **{name: values["policy"][name] for name in shared},
         "embodiment": guards_file(config),
