@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dita.envs.base import RobotEnv
 
 # suite -> the module that holds `make(config, task) -> RobotEnv` and `TASKS`
-SUITES = {"metaworld": "dita.envs.metaworld", "robosuite": "dita.envs.robosuite"}
-EXTRAS = {"metaworld": "sim-core", "robosuite": "sim"}  # suite -> the extra that installs it
+SUITES = {"aloha": "dita.envs.aloha", "metaworld": "dita.envs.metaworld", "robosuite": "dita.envs.robosuite"}
+EXTRAS = {"aloha": "sim", "metaworld": "sim-core", "robosuite": "sim"}  # suite -> the extra that installs it
 
 
 def make(config: EnvConfig, task: str) -> RobotEnv:
