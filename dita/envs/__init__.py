@@ -15,8 +15,13 @@ if TYPE_CHECKING:
     from dita.envs.base import RobotEnv
 
 # suite -> the module that holds `make(config, task) -> RobotEnv` and `TASKS`
-SUITES = {"metaworld": "dita.envs.metaworld", "robosuite": "dita.envs.robosuite"}
-EXTRAS = {"metaworld": "sim-core", "robosuite": "sim"}  # suite -> the extra that installs it
+SUITES = {
+    "choice": "dita.envs.choice",
+    "fetch": "dita.envs.fetch",
+    "metaworld": "dita.envs.metaworld",
+    "robosuite": "dita.envs.robosuite",
+}
+EXTRAS = {"fetch": "sim", "metaworld": "sim-core", "robosuite": "sim"}  # suite -> the extra that installs it
 
 
 def make(config: EnvConfig, task: str) -> RobotEnv:
