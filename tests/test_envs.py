@@ -126,7 +126,7 @@ def test_names_that_do_not_exist_get_the_nearest():
         check_tasks(replace(ENV, tasks=(BUTTON, "drawer-opn-v3")))
     with pytest.raises(ValueError, match=r"unknown task 'drawer-opn-v3'"):
         make(ENV, "drawer-opn-v3")
-    with pytest.raises(ValueError, match=r"unknown suite 'libero'; there are: metaworld"):
+    with pytest.raises(ValueError, match=r"unknown suite 'libero'; there are: .*metaworld"):
         make(replace(ENV, suite="libero"), BUTTON)
     with pytest.raises(ValueError, match="at least one task, none twice"):
         check_tasks(replace(ENV, tasks=(BUTTON, BUTTON)))

@@ -63,9 +63,9 @@ def make(config: EnvConfig, task: str) -> FetchEnv:
 class FetchEnv(RobotEnv):
     """A Fetch task; its start depends on (task, seed) only.
 
-    Success, at any step: tool (reach) or block is within 5 cm of the goal. The goal is drawn as a red ball of that size,
-    because nothing else says where it is; arm or block hide it in 3 % of the starts. Farama's starts are kept as they
-    are: 2 % (reach), 6 % (push) and 4 % (pick-and-place) are solved already. The state is the tool's position and the
+    Success, at any step: tool (reach) or block is within 5 cm of the goal. The goal is drawn as a red ball of that
+    size, because nothing else says where it is; arm or block hide it in 3 % of the starts. Farama's starts are
+    kept: 2 % (reach), 6 % (push) and 4 % (pick-and-place) are solved already. The state is the tool's position and the
     gripper's opening.
     """
 
