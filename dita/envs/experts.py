@@ -132,6 +132,28 @@ def transfer_expert(left: Hand, right: Hand, cube: Float64[np.ndarray, "3"]) -> 
     return (away, ROLLED, 1.0), (cube, OVER, 0.0 if right.at(cube) else 1.0)
 
 
+def choice_expert(
+    tip: Float64[np.ndarray, "3"], place: Float64[np.ndarray, "2"], verb: str, left: float, reach: float, top: float
+) -> Float64[np.ndarray, "3"]:
+    """Return where to send the tip of `choice`: over everything, down, and with `push` forward. No memory.
+
+    Args:
+        tip: its position [m].
+        place: of the named cylinder [m]; further away is +x.
+        verb: touch or push.
+        left: how far it has still to be pushed [m].
+        reach: distance at which the tip touches its side [m].
+        top: height of the tip that lies on it [m].
+    """
+    at = place if verb == "touch" else place - (reach + 0.015, 0.0)
+    offset = at - tip[:2]
+    if verb == "push" and tip[2] < top - 0.02 and abs(offset[1]) < 0.01 and offset[0] < 0.008:  # low and behind it
+        return np.array([tip[0] + np.clip(left, 0.0, 0.03), place[1], top / 2])
+    if np.linalg.norm(offset) > 0.008:
+        return np.array([*at, max(top + 0.03, tip[2])])
+    return np.array([*at, top - 0.01 if verb == "touch" else top / 2])
+
+
 def damped_least_squares(
     jacobian: Float64[np.ndarray, "6 j"], twist: Float64[np.ndarray, "6"], damping: float = 0.05
 ) -> Float64[np.ndarray, "j"]:
@@ -147,3 +169,55 @@ def _level(*axes: Float64[np.ndarray, "3"]) -> list[Float64[np.ndarray, "3"]]:
 def at_most(vector: Float64[np.ndarray, "3"], length: float) -> Float64[np.ndarray, "3"]:
     """Shorten a vector to a length where it is longer."""
     return vector * min(1.0, length / max(1e-9, float(np.linalg.norm(vector))))
+
+
+def fetch_expert(
+    task: str,
+    tool: Float64[np.ndarray, "3"],
+    opening: float,
+    block: Float64[np.ndarray, "3"],
+    goal: Float64[np.ndarray, "3"],
+) -> tuple[Float64[np.ndarray, "3"], float]:
+    """Solve a Fetch task: go there; push from behind; grasp from above and carry. No memory.
+
+    Args:
+        task: reach, push or pick-and-place.
+        tool: position of the finger tips [m].
+        opening: of the gripper, 1 = open.
+        block: position of its middle [m]; it is 5 cm wide.
+        goal: where tool or block has to be [m].
+
+    Returns:
+        where to go from here [m], and the gripper: 1 opens, -1 closes.
+    """
+    if task == "reach":
+        return goal - tool, 0.0
+    if task == "push":
+        return _push(tool, block, goal), 0.0
+    offset = block - tool
+    if np.linalg.norm(offset) < 0.02:
+        return (goal - block if opening < 0.53 else offset), -1.0
+    if np.linalg.norm(offset[:2]) > 0.01 or opening < 0.9:  # 5 cm fill half of it
+        return offset - ABOVE * DOWN, 1.0
+    return offset, 1.0
+
+
+def _push(
+    tool: Float64[np.ndarray, "3"], block: Float64[np.ndarray, "3"], goal: Float64[np.ndarray, "3"]
+) -> np.ndarray:
+    way = (goal - block)[:2]
+    left = float(np.linalg.norm(way))
+    if left < 0.01:
+        return np.zeros(3)
+    way = way / left
+    offset = block[:2] - tool[:2]
+    ahead, aside = float(offset @ way), float(abs(offset @ (-way[1], way[0])))
+    low = tool[2] < block[2] + 0.03
+    if low and ahead > 0.02 and aside < 0.015:  # behind it: keep on its line
+        correction = offset - ahead * way
+        return np.array([*(min(left, 0.03) * way + correction), block[2] - tool[2]])
+    behind = block[:2] - 0.075 * way - tool[:2]
+    if np.linalg.norm(behind) > 0.015:
+        high = block[2] + ABOVE - tool[2]
+        return np.array([*(behind if not low or ahead > 0.06 else np.zeros(2)), high])
+    return np.array([*behind, block[2] - tool[2]])
