@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from multiprocessing.util import Finalize
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -501,6 +502,7 @@ _stage: list[Stage] = []  # of a worker process
 def _open_stage(runs: dict[bool, Path]) -> None:
     torch.set_num_threads(1)
     _stage.append(Stage({prefix: DitaPolicy.from_pretrained(run) for prefix, run in runs.items()}, GROUP, STEPS))
+    Finalize(None, _stage[0].close, exitpriority=10)  # the interpreter's own clean-up comes too late for EGL
 
 
 def _play(cell: tuple[str, int, str, int]) -> list[Episode]:
