@@ -608,7 +608,9 @@ def seams_by_cell(episodes: Sequence[Episode]) -> dict[tuple[str, int], Seam]:
 
 def _seam_cases(seams: dict[tuple[str, int], Seam], delays: Sequence[int]) -> list[Case]:
     def worst(name: str, among: Sequence[int]) -> tuple[float, float, float]:
-        return max((seams[name, d].jump for d in among), key=lambda jump: jump[0])
+        met = [jump for d in among if not math.isnan((jump := seams[name, d].jump)[0])]
+        assert met, f"no two chunks of {name} met"
+        return max(met)
 
     table = {name: {d: seams[name, d].to_dict() for d in delays} for name in MODES}
     far, naive, cases = max(delays), worst("naive switch", delays)[0], []
@@ -701,7 +703,8 @@ def write_page(seams: dict[tuple[str, int], Seam], dt: float, folder: Path = PAG
                 f"{most:.2f} | {seam.ratio('jerks', 'jerks_inside')[0]:.2f} | {jerk} | {values['underruns']} | "
                 f"{values['mean_steps']:.0f} |"
             )
-    (folder / "stitching.md").write_text("\n".join(lines) + "\n")
+    text = "\n".join(lines).replace("nan .. nan", "-").replace(" nan ", " - ")  # no two chunks met
+    (folder / "stitching.md").write_text(text + "\n")
 
 
 def draw(seams: dict[tuple[str, int], Seam], dt: float, path: Path) -> None:
