@@ -420,6 +420,35 @@ def test_actions_far_out_of_range_for_more_than_five_steps_hold(space, mode):
     arm.assert_inside()
 
 
+def test_a_hold_for_actions_far_out_of_range_ends_only_with_a_chunk_that_is_good_throughout():
+    def bad(n):
+        return np.concatenate([np.zeros((24 - n, 3)), np.full((n, 3), [0.0, 0.015, 0.0])])
+
+    arm = Arm().arm()
+    arm.offer(bad(24))
+    arm.run(7 * DT)
+    assert arm.state is State.HOLDING
+    for n in (24, 8, 1):  # a policy that goes on like this: no step of it is executed
+        assert arm.offer(bad(n)) == "chunk out of the action's limits while held for that"
+        arm.run(0.1)
+        assert arm.state is State.HOLDING
+    assert arm.speed < 1e-9 and len(arm.executed) <= 6
+    assert arm.offer(bad(1)[::-1], stamp=arm.now - 2 * DT) is None, "the bad step is over"
+    assert arm.state is State.ARMED
+    arm.offer(bad(24))
+    arm.run(10 * DT)
+    assert arm.state is State.HOLDING, "one by itself is clamped as before, six in a row hold again"
+    held = arm.now
+    while arm.state is State.HOLDING and arm.now < held + 2.0:
+        arm.offer(bad(24))
+        arm.run(0.05)
+    assert arm.state is State.FAULT and arm.now - held <= CONFIG.hold_timeout + 0.05, "counted from the first hold"
+    assert "held for 1.0 s" in arm.reason
+    arm.arm()
+    assert arm.offer(bad(1)) is None, "arming forgets it"
+    arm.assert_inside()
+
+
 @pytest.mark.parametrize(("space", "mode"), SPACES)
 def test_degrees_for_radians_are_a_fault_before_anything_moves(space, mode):
     arm = Arm(embodiment(space, mode)).arm().run(0.1)

@@ -614,6 +614,31 @@ def test_a_source_that_no_longer_gives_signs_of_life_is_held_although_its_chunk_
     assert rig.said["state"] == "HOLDING" and "no sign of life from policy" in rig.said["reason"]
 
 
+def test_a_state_from_the_future_is_a_fault_as_it_arrives_and_refuses_to_arm():
+    rig = Rig(joint_arm())
+    rig.arm()
+    rig.run(0.05)
+    found = {"shoulder": 0.0, "elbow": 0.5, "finger": 0.5}
+
+    def measured(ahead):
+        rig.bus.send("/joint_states", m.joints_to_ros(message, rig.bus.now() + ahead, found))
+        return rig.said
+
+    assert measured(0.045)["state"] == "ARMED"
+    said = measured(0.055)  # no tick between: by the next one its age would be inside the bound
+    assert (
+        said["state"] == "FAULT" and "0.055 s in the future: compare the clocks of the driver's host" in said["reason"]
+    )
+    rig.measure = False
+    rig.run(0.3)
+    measured(0.055)
+    rig.run(2 * TICK)
+    assert "0.055 s in the future" in rig.arm()["refused"]
+    rig.run(0.1)
+    measured(0.0)
+    assert rig.arm()["state"] == "ARMED"
+
+
 def test_a_policy_that_must_not_act_is_held_and_says_why():
     def state(rig, ok, reason="", reaction=""):
         values = {"ok": ok, "reason": reason, "reaction": reaction}

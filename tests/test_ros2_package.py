@@ -20,6 +20,7 @@ from fake_robot import EMBODIMENT
 
 from robot_io import messages as m
 from robot_io.bus import LATCHED, STATE, open_bus
+from robot_io.core.limits import GRIPPERS
 from robot_io.nodes import NODES, topics
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +54,7 @@ def commands():
     shipped = {d[key] for d in drivers for key in ("command_topic", "gripper_topic") if d.get(key)}
     return shipped | {
         topics.TARGET_POSE,
-        topics.GRIPPER,
+        *GRIPPERS.values(),
         "/joint_trajectory_controller/joint_trajectory",
         "/forward_position_controller/commands",
         "/servo_node/delta_twist_cmds",

@@ -117,8 +117,10 @@ class Guard:
         self._alive: Optional[float] = None  # the last sign of life, once there was one
         self._held_since = 0.0
         self._fresh_by = -math.inf  # until when stale state is only held, after a jump of the clock
+        self._ahead = 0.0  # how far in the future the newest measurement was when it came [s]
         self._jumped = ""  # what `on_state` found, for the next tick
         self._over = 0  # steps in a row that were far outside the action's limits
+        self._distrust = False  # held for such steps: only a chunk without any of them goes on
         self._silent = False  # the driver stopped: send nothing until armed again
         self._wanted: Optional[float] = None  # gripper, before hysteresis and dwell
         self._gripper_moved = -math.inf
@@ -133,11 +135,13 @@ class Guard:
 
     # ---- inputs
 
-    def on_state(self, stamp: float, configuration: np.ndarray, gripper: Optional[float] = None) -> None:
+    def on_state(
+        self, stamp: float, configuration: np.ndarray, gripper: Optional[float] = None, now: Optional[float] = None
+    ) -> None:
         """Take a measured configuration, and the gripper's measured opening where there is one.
 
         One that is not finite or a little late is dropped. One that no arm could have come to, or out of its range, is
-        a fault: another unit, another joint, another robot.
+        a fault: another unit, another joint, another robot. So is, with the time of its arrival, one from the future.
         """
         x = np.asarray(configuration, float)
         if not np.all(np.isfinite(x)):
@@ -158,6 +162,9 @@ class Guard:
         problem = self._state_problem(stamp, x)
         if problem is not None:
             self.fault(problem, stamp)
+        self._ahead = 0.0 if now is None else stamp - now
+        if self._ahead > self.config.max_skew and stamp > self._fresh_by:  # after a jump old ones may be on their way
+            self.fault(self._future_problem(), stamp)
         self._measured.append((stamp, x))
         while self._measured[0][0] < stamp - HISTORY_S:
             self._measured.popleft()
@@ -192,9 +199,12 @@ class Guard:
         """Let a chunk be executed in place of the older one."""
         if not self._is_fresh(now):
             return self._count("R0", "chunk before fresh state")
+        if self._distrust and self._far_out(chunk, now):
+            return self._count("R0", "chunk out of the action's limits while held for that")
         dropped = self.buffer.offer(chunk, now)
         if dropped is not None:
             return self._count("R0", dropped)
+        self._distrust = False
         if self._alive is not None:
             self._alive = now
         if self.machine.apply("resume", "a good chunk"):
@@ -305,7 +315,7 @@ class Guard:
         self._sent.clear()
         self._bad.clear()
         self.pending = self._check = self._alive = None
-        self._over, self._silent, self._fresh_by = 0, False, -math.inf
+        self._over, self._distrust, self._silent, self._fresh_by = 0, False, False, -math.inf
         self._rebase(measured)
         self.machine.apply("arm", "armed, WITH THE CHECKS OFF" if self.config.unsafe_checks_off else "armed")
 
@@ -416,7 +426,7 @@ class Guard:
             self._count("R1", "action clamped")
         self._over = self._over + 1 if np.max(excess) > self.config.clamp_margin else 0
         if self._over > self.config.clamp_steps:
-            self._over = 0
+            self._over, self._distrust = 0, True
             self.hold(f"{self._axis(int(np.argmax(excess)))} out of the action's limits for too long", time)
         return clamped
 
@@ -578,7 +588,9 @@ class Guard:
         if not self._measured:
             return [*problems, f"no measured {self._what()} yet"]
         stamp, x = self._measured[-1]
-        if not -self.config.max_skew <= now - stamp <= self.config.state_timeout:
+        if self._ahead > self.config.max_skew:
+            problems.append(self._future_problem())
+        elif not -self.config.max_skew <= now - stamp <= self.config.state_timeout:
             problems.append(
                 f"the measured {self._what()} is {now - stamp:.3f} s old; compare the clocks of the two hosts"
             )
@@ -593,6 +605,12 @@ class Guard:
         if near is not None:
             problems.append(near)
         return problems
+
+    def _future_problem(self) -> str:
+        return (
+            f"the measured {self._what()} is {self._ahead:.3f} s in the future: compare the clocks of the driver's "
+            "host and of this one"
+        )
 
     def _out_of_range(self, i: Any, value: float) -> str:
         low, high = self.bounds.low[i], self.bounds.high[i]
@@ -660,6 +678,11 @@ class Guard:
         if excess[worst] > GROSS:
             return self.fault(f"{self._axis(worst)} is {excess[worst]:.1f} half ranges out: another unit?", now)
         return None
+
+    def _far_out(self, chunk: Chunk, now: float) -> bool:
+        """Return whether a step that is not over yet is outside the action's limits by more than rounding."""
+        due = chunk.motion[max(0, math.floor((now - chunk.stamp) / chunk.dt)) :]
+        return bool(np.any(_excess(due, self._action_low, self._action_high) > self.config.clamp_margin))
 
     def _axis(self, i: int) -> str:
         return self.space.axes[i]

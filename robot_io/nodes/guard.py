@@ -363,6 +363,10 @@ class GuardNode:
         """Tie the grid of ticks to both clocks."""
         self._steady, self._wall = self.bus.steady(), self.bus.now()
 
+    def _arrival(self) -> float:
+        """Return the time of a message's arrival; the later one while a jump of the clock waits for the next tick."""
+        return max(self.bus.now(), self._wall + (self.bus.steady() - self._steady))
+
     def _tick(self) -> None:
         guard = self.guard
         steady = self.bus.steady()
@@ -500,7 +504,7 @@ class GuardNode:
             raise ValueError(f"the orientation {orientation.tolist()} is not a unit quaternion (wxyz)")
         self._orientation = orientation
         x = np.concatenate([position, self._orientation]) if self.robot.space.rotation else position
-        self.guard.on_state(m.stamp_of(message), x, self._gripper)
+        self.guard.on_state(m.stamp_of(message), x, self._gripper, self._arrival())
         self._show()
 
     def _wanted(self) -> Tuple[str, ...]:
@@ -517,7 +521,7 @@ class GuardNode:
             return
         self._problems.pop(topic, None)
         if positions is not None:
-            self.guard.on_state(m.stamp_of(message), positions, self._gripper)
+            self.guard.on_state(m.stamp_of(message), positions, self._gripper, self._arrival())
             self._show()
 
     def _map(self, found: Dict[str, float]) -> Optional[np.ndarray]:
