@@ -104,7 +104,10 @@ class Rig:
         for name in ("reader", "twin", "policy", "guard"):
             self.start(name)
         self._number = 0
+        contract: list[Any] = []
+        self.bus.subscribe(t.CONTRACT, m.STRING, LATCHED, contract.append)
         self.reset(60.0)
+        self.until(lambda: bool(contract), 30.0, "the policy's contract")  # one that comes later is another policy
 
     def _on_guard(self, message: Any) -> None:
         self.guard, self.guard_at = m.json_from_ros(message), time.monotonic()
@@ -716,8 +719,11 @@ def a23_obstacle(trial: Trial) -> Expect:
     """The policy drives into a box, the table, the arm itself or a joint's limit."""
     way = TOWARD[trial.rig.robot][trial.variant]
     t0 = trial.rig.inject("policy", when="predict", predict={"toward": way})
-    trial.rig.spin(3.4)  # at 0.4 rad/s
-    limit = trial.variant == "limit"
+    rig, limit = trial.rig, trial.variant == "limit"
+    with contextlib.suppress(TimeoutError):  # when it is too near is for the guard to say
+        rig.until(lambda: rig.state != "ARMED", 3.4, "a stop")
+        t0 = rig.guard_at - 0.1
+    rig.spin(max(0.6, t0 + 3.4 - time.monotonic() if limit else 0.0))
     return Expect(t0, "clamped" if limit else "too near", stop=None, near=not limit)
 
 

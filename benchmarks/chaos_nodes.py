@@ -558,6 +558,7 @@ class Reader:
         self.texts: deque[Any] = deque()  # (arrival, text)
         self.executed: deque[Any] = deque()  # (arrival, chunk stamp, index)
         self.episode: dict[str, Any] = {}
+        self._counted: dict[str, Any] = {}  # node -> what its last diagnostics said
         self._streams: dict[Any, Any] = {}
         self._subscribe()
         self._asked: queue.Queue[str] = queue.Queue()
@@ -688,8 +689,11 @@ class Reader:
         self.episode = m.json_from_ros(message)
 
     def _on_diagnostics(self, message: Any) -> None:
+        """Keep what is new: a counter that an earlier fault has left behind does not name a later one."""
         for name, status in m.diagnostics_from_ros(message).items():
-            counts = ", ".join(f"{k} {v}" for k, v in status["values"].items())
+            before = self._counted.get(name, {})
+            self._counted[name] = dict(status["values"])
+            counts = ", ".join(f"{k} {v}" for k, v in status["values"].items() if before.get(k) != v)
             self._keep(self.texts, f"{name}: {status['message']} ({counts})")
 
     def _answer(self) -> None:
