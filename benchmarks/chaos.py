@@ -1199,11 +1199,12 @@ HEAD = """# Faults of the live stack, injected over real DDS
 seed {seed}; played until {when} UTC.
 
 Processes: a light twin (a tool position in deltas or absolute, as poses or twists, six joints, or the Panda's seven,
-each with a lag; rows that end in p: robosuite's Panda in MuJoCo), the shipped policy node around a rule that keeps the
-arm on a circle at a steady speed, the shipped guard node, and a reader that sees only the wire and judges every command
-by its stamps. A fault comes at a random moment of a steady motion. The reader works out the clearance between the arm's
-capsules, and to boxes, of every command and of every measured state by itself: less than {margin:.0f} mm is not as
-promised. In MuJoCo a warning or a contact of the arm with anything but a finger is not as promised, either.
+each with a lag; rows that end in p: robosuite's Panda in MuJoCo, with made-up pictures), the shipped policy node around
+a rule that keeps the arm on a circle at a steady speed, the shipped guard node, and a reader that sees only the wire
+and judges every command by its stamps. A fault comes at a random moment of a steady motion. The reader works out the
+clearance between the arm's capsules, and to boxes, of every command and of every measured state by itself: less than
+{margin:.0f} mm is not as promised. In MuJoCo a warning or a contact of the arm with anything but its other finger is
+not as promised, either.
 **Condition -> deceleration** counts from the moment at which the condition of the table is true: the fault itself, or,
 where the reaction is to run out a chunk, the end of the last valid action; **fault -> deceleration** counts from the
 injection. Deceleration begins with the first command after the last one at {slower:.0%} or more of the slowest command

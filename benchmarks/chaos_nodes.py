@@ -279,14 +279,13 @@ PANDA = Path(__file__).parent.parent / "configs" / "embodiment" / "robosuite_pan
 PANDA_START = (0.0, 0.1963, 0.0, -2.618, 0.0, 2.9416, 0.7854)  # robosuite's
 
 
-def panda(cameras: Sequence[str]) -> dict[str, Any]:
-    """Return the shipped Panda under joint commands, small pictures, a finer step and boxes to keep out of."""
+def panda() -> dict[str, Any]:
+    """Return the shipped Panda under joint commands, with a finer step and boxes to keep out of."""
     values = yaml.safe_load(PANDA.read_text())
     grip, arm = values["state"]
     delta, effort = values["action"]
     return {
         **values, **COMMON, "action_dt": 0.01, "control_hz": 100.0, "name": "robosuite_panda_chaos",
-        "cameras": [{**camera, "name": name} for camera, name in zip(CAMERAS, cameras, strict=True)],
         "state": [arm, grip], "action": [{**delta, "low": [-0.02] * 7, "high": [0.02] * 7}, effort],
         "limits": {
             **values["limits"], "urdf": str(PANDA.parent / values["limits"]["urdf"]), "margin": 0.01,
@@ -319,8 +318,8 @@ ROBOTS: dict[str, dict[str, Any]] = {
         "driver": {"command": "twist"},
         "action": [field("hand_delta", "ee_position", 3, -0.01, 0.01, "commanded"), GRIP],
     },
-    "arm": panda(("corner", "wrist")),  # the Panda's joints, each with a lag
-    "panda": panda(("agentview", "robot0_eye_in_hand")),  # in MuJoCo
+    "arm": panda(),  # the Panda's joints, each with a lag
+    "panda": panda(),  # in MuJoCo
     "joints": {
         **COMMON, "name": "joints", "robot": "six joints", "limits": {"joints": JOINT_LIMITS},
         "driver": {"command": "joint_trajectory", "joints": JOINTS},
@@ -361,6 +360,14 @@ def grip_range(robot: str) -> tuple[float, float]:
     return grip["low"][0], grip["high"][0]
 
 
+def pictures(x: np.ndarray) -> dict[str, np.ndarray]:
+    """Return one picture per camera that shows a configuration, as bytes."""
+    image = np.zeros((24, 32, 3), np.uint8)
+    shown = np.frombuffer(x.astype(np.float32).tobytes(), np.uint8)
+    image.reshape(-1)[: len(shown)] = shown
+    return {"corner": image, "wrist": image[::-1].copy()}
+
+
 class PointEnv:
     """Numbers that follow their commands with a lag of a few steps, and a gripper that follows at a limited speed."""
 
@@ -391,9 +398,7 @@ class PointEnv:
 
     def observe(self) -> Any:
         """Return images that change with the hand."""
-        image = np.zeros((24, 32, 3), np.uint8)
-        image[0, :4] = np.frombuffer(self.hand[:3].astype(np.float32).tobytes(), np.uint8).reshape(4, 3)
-        return SimpleNamespace(images={"corner": image, "wrist": image[::-1].copy()}, state=self._state())
+        return SimpleNamespace(images=pictures(self.hand), state=self._state())
 
     def warnings(self) -> dict[str, int]:
         """Return nothing: no simulator, no warnings."""
@@ -404,13 +409,16 @@ class PointEnv:
 
 
 class PhysicalEnv:
-    """robosuite's Lift in MuJoCo; what touches the arm, or the arm itself, counts as a warning."""
+    """robosuite's Lift in MuJoCo; what touches the arm, or the arm itself, counts as a warning.
+
+    Pictures are those of the other twins: rendering robosuite's takes 20 ms each without a GPU, and the arm stands.
+    """
 
     def __init__(self, name: str) -> None:
         from dita.embodiment import embodiment_from_dict
         from dita.envs.robosuite import RobosuiteEnv
 
-        self._env = RobosuiteEnv(embodiment_from_dict(ROBOTS[name]), "Lift", 10**9)
+        self._env = RobosuiteEnv(embodiment_from_dict({**ROBOTS[name], "cameras": []}), "Lift", 10**9)
         self._contacts = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -429,6 +437,10 @@ class PhysicalEnv:
             names = [model.body(model.geom_bodyid[g]).name for g in (contact.geom1, contact.geom2)]
             arm, hand = (sum(n.startswith(prefix) for n in names) for prefix in (("robot0", "gripper0"), "gripper0"))
             self._contacts += arm > 0 and hand < 2  # its fingers may meet
+
+    def observe(self) -> Any:
+        """Return images that change with the joints."""
+        return SimpleNamespace(images=pictures(self._env.joints), state=self._env.state)
 
     def warnings(self) -> dict[str, int]:
         """Return MuJoCo's warnings, and contacts."""
@@ -500,10 +512,6 @@ def run_twin(*, bus: Bus, robot: str, command_timeout: float = 0.1) -> Any:
     """Return the shipped twin node around a point."""
     from robot_io.nodes.twin import TwinNode
 
-    if robot == "panda":
-        from dita.envs.gl import select_backend
-
-        select_backend()  # before anything imports mujoco
     env: Any = PhysicalEnv(robot) if robot == "panda" else PointEnv(robot)
     return TwinNode(bus, env, ROBOTS[robot], command_timeout, inject=True)
 
