@@ -587,7 +587,9 @@ def a13(trial: Trial) -> Expect:
     # the first command that can show it is the second one after arming: from where to the first one is not known
     orders = [at for at in rig.gripper_at if begin < at < rig.guard_at - SELF_CHECK_S]
     t0 = orders[-1] + SELF_CHECK_S if orders else begin
-    problems = [] if rig.state == "FAULT" else [f"{rig.state} with an inverted gripper"]
+    why = rig.guard.get("reason", "")
+    right = rig.state == "FAULT" and "against its command" in why
+    problems = [] if right else [f"with an inverted gripper: {rig.state}, {why}"]
     problems += trial.refused("against its command")
     rig.driver(off=True)
     rig.end("guard")  # it wants to be started anew
