@@ -726,6 +726,8 @@ def a23_obstacle(trial: Trial) -> Expect:
         rig.until(lambda: rig.state != "ARMED", 3.4, "a stop")
         t0 = rig.guard_at - 0.1
     rig.spin(max(0.6, t0 + 3.4 - time.monotonic() if limit else 0.0))
+    if limit and rig.robot in ("arm", "panda"):
+        t0 += 2.0  # 0.8 rad away
     return Expect(t0, "clamped" if limit else "too near", stop=None, near=not limit)
 
 

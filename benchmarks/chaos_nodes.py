@@ -236,13 +236,13 @@ def spoil(message: Any, value: float, at: float) -> None:
 def rename(message: Any, how: str) -> None:
     """Put the joints of a JointState into another order, which is harmless, or break their names.
 
-    "swap" gives the names only another order: every value is then another joint's.
+    "swap" exchanges the first two names only: each has then the other's value.
     """
     names = list(message.name)
     if how == "permute":
         message.name, message.position = names[1:] + names[:1], np.roll(message.position, -1)
     elif how == "swap":
-        message.name = names[1:] + names[:1]
+        message.name = [names[1], names[0], *names[2:]]
     elif how == "drop":
         message.name, message.position = names[1:], message.position[1:]
     elif how == "add":

@@ -5,6 +5,7 @@ import math
 import time
 from collections import deque
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -221,7 +222,7 @@ def verdict(**changes):
 def test_arm_that_comes_nearer_than_the_margin_or_was_never_near_is_not_as_promised(distance, problem):
     expect = chaos.Expect(0.0, "too near", stop=None, near=True)
     near = {"m": distance, "what": "measured: a and b"}
-    rig = SimpleNamespace(unsafe=False)
+    rig: Any = SimpleNamespace(unsafe=False)
     result = chaos.judge(chaos.ROWS["A23b"], expect, verdict(clearance=near), rig)
     assert result["ok"] == (problem is None) and (problem is None or problem in result["problems"][0])
 
