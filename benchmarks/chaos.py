@@ -290,6 +290,7 @@ class Expect:
 
     t0: float
     names: str = ""  # regular expression; "": nothing needs to be said
+    named_in: float = NAMED  # [s] from t0; more where the condition comes later than the injection
     stop: bool | None = True  # None: either
     bound: float = GOAL[1]  # condition -> deceleration [s]
     state: Sequence[str] = ("HOLDING", "FAULT")  # one of which was entered, for a stop
@@ -726,9 +727,8 @@ def a23_obstacle(trial: Trial) -> Expect:
         rig.until(lambda: rig.state != "ARMED", 3.4, "a stop")
         t0 = rig.guard_at - 0.1
     rig.spin(max(0.6, t0 + 3.4 - time.monotonic() if limit else 0.0))
-    if limit and rig.robot in ("arm", "panda"):
-        t0 += 2.0  # 0.8 rad away
-    return Expect(t0, "clamped" if limit else "too near", stop=None, near=not limit)
+    named_in = NAMED + 2.0 * limit  # at 0.4 rad/s it is 2 s away
+    return Expect(t0, "clamped" if limit else "too near", stop=None, near=not limit, named_in=named_in)
 
 
 def a25(trial: Trial) -> Expect:
@@ -987,7 +987,7 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
     if expect.frozen is not None and (verdict["measured_still_s"] or 0.0) > expect.frozen:
         problems.append(f"the arm moved for {verdict['measured_still_s']:.3f} s")
     named = verdict["named"]["s"] if expect.names and verdict["named"] else None
-    if expect.names and (named is None or named > NAMED):
+    if expect.names and (named is None or named > expect.named_in):
         problems.append("not named" if named is None else f"named after {named:.2f} s")
     return {
         "ok": not problems, "problems": problems, "stop": expect.stop, "bound_s": expect.bound,
@@ -995,7 +995,7 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
         "decel_from_injection_s": verdict["ended_s" if expect.silent else "decel_s"],
         "stand_s": None if still is None or verdict["decel_s"] is None else still - verdict["decel_s"],
         "speeds": verdict["speeds"] if problems else None, "state_s": state["s"] if state else None, "state": state,
-        "named_s": named, "must_name": bool(expect.names),
+        "named_s": named, "named_in": expect.named_in, "must_name": bool(expect.names),
         "text": verdict["named"]["text"] if expect.names and verdict["named"] else None,
         "commands": verdict["commands"], "details": verdict["details"],
         "violations": verdict["violations"], "non_finite": verdict["non_finite"],
@@ -1167,7 +1167,7 @@ def line(row: Row, records: Sequence[Mapping[str, Any]]) -> str:
     """Return a row's line of the table."""
     stops = [r for r in records if r.get("stop") or (r.get("stop") is None and r.get("state"))]
     named = [r for r in records if r.get("must_name")]
-    within = sum(r["named_s"] is not None and r["named_s"] <= NAMED for r in named)
+    within = sum(r["named_s"] is not None and r["named_s"] <= r.get("named_in", NAMED) for r in named)
     extra: dict[str, list[float]] = {}
     for r in records:
         for name, value in r.get("extra", {}).items():
