@@ -5,6 +5,7 @@ repetition is a line of trials.jsonl as it ends: an interrupted run continues. W
 Exit code 1 if a repetition was not as promised, or the control run, whose guard checks nothing, was not caught.
 
 make chaos
+python -m benchmarks.chaos --robot panda --repeat 20 --out outputs/chaos_panda --page /tmp/panda.md
 python -m benchmarks.chaos --rows A1,A9 --repeat 2 --out /tmp/quick --page /tmp/quick/live_faults.md
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -21,12 +23,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.chaos_nodes import APPLIED, INJECT, REGULAR, ROBOTS, SLOWER
 from robot_io import messages as m
 from robot_io.bus import LATCHED, STATE, open_bus
-from robot_io.core.guard import UNSAFE_FLAG, GuardConfig
+from robot_io.core.guard import SELF_CHECK_S, UNSAFE_FLAG, GuardConfig
 from robot_io.core.limits import parse_robot
 from robot_io.live import CHILD_ENV
 from robot_io.nodes import topics as t
@@ -53,6 +56,9 @@ TICK_BOUND = (
 )
 GONE = "policy is gone|no action|no sign of life"
 CHUNK_S = 0.3  # of the rule's chunks
+MARGIN = 0.01  # [m] that stays free between the arm and what it must keep out of
+NEAR = 0.05  # [m]: nearer than the Panda is to itself at its start, so that the guard had to stop it
+GRIPPER_WAIT = 5.0  # the rule opens and closes in turn, every pi seconds
 DOMAINS = 8  # of ROS, used in turn
 TRIES = 4  # of a repetition whose arm did not move steadily before the fault: a busy machine
 IMAGES = [t.image_topic(name) for name in ("corner", "wrist")]
@@ -90,15 +96,24 @@ class Rig:
         self.bus.subscribe(t.EPISODE_STATE, m.STRING, STATE, self._on_episode)
         self.bus.subscribe(APPLIED, m.STRING, STATE, lambda message: self.applied.append(m.json_from_ros(message)))
         self.steps = 0  # that the guard has executed
-        kind = t.chunk_type(parse_robot(ROBOTS[robot]))
+        parsed = parse_robot(ROBOTS[robot])
+        self.bus.subscribe(parsed.driver.gripper_topic, m.JOINT_TRAJECTORY, STATE, self._on_gripper)
+        self.gripper_at: list[float] = []  # when it was told to go elsewhere
+        kind = t.chunk_type(parsed)
         self.bus.subscribe(t.EXECUTED, kind, STATE, lambda _: setattr(self, "steps", self.steps + 1))
         for name in ("reader", "twin", "policy", "guard"):
             self.start(name)
         self._number = 0
-        self.reset(30.0)
+        contract: list[Any] = []
+        self.bus.subscribe(t.CONTRACT, m.STRING, LATCHED, contract.append)
+        self.reset(60.0)
+        self.until(lambda: bool(contract), 30.0, "the policy's contract")  # one that comes later is another policy
 
     def _on_guard(self, message: Any) -> None:
         self.guard, self.guard_at = m.json_from_ros(message), time.monotonic()
+
+    def _on_gripper(self, message: Any) -> None:
+        self.gripper_at.append(time.monotonic())
 
     def _on_episode(self, message: Any) -> None:
         self.episode = m.json_from_ros(message)
@@ -275,6 +290,7 @@ class Expect:
 
     t0: float
     names: str = ""  # regular expression; "": nothing needs to be said
+    named_in: float = NAMED  # [s] from t0; more where the condition comes later than the injection
     stop: bool | None = True  # None: either
     bound: float = GOAL[1]  # condition -> deceleration [s]
     state: Sequence[str] = ("HOLDING", "FAULT")  # one of which was entered, for a stop
@@ -282,6 +298,8 @@ class Expect:
     problems: Sequence[str] = ()  # that the row itself found
     silent: bool = False  # the guard must not brake but say no more: the arm stops by itself
     frozen: float | None = None  # bound of the measured standstill, where nobody commands any more [s]
+    near: bool = False  # the arm was driven at something: without a stop it would have come nearer than NEAR
+    note: str = ""  # counted on the page
     honest: bool = True  # the state on the wire is the arm's, so that it must stay inside the workspace
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -409,7 +427,7 @@ def a5(trial: Trial) -> Expect:
     t0 = trial.rig.inject("twin", when="out", **outgoing(STATES, stamp=offset))
     if abs(offset) < 0.05:
         trial.rig.spin(0.8)
-        return Expect(t0, stop=None if offset < 0 else False)  # the step back itself is a clock that went back
+        return Expect(t0, stop=False)
     trial.faulted(1.5)
     return Expect(t0, "old|future|clock|stamp|skew|back|out of order", state=("FAULT",))
 
@@ -449,7 +467,7 @@ def a8(trial: Trial) -> Expect:
 def a9(trial: Trial) -> Expect:
     """Chunks that do not fit onto each other: two policies in turn, or a wrong idea of the delay."""
     what, size = trial.variant
-    size *= (0.5 if trial.rig.robot == "joints" else 0.05) if what == "jump" else 1
+    size *= (0.5 if trial.rig.robot in ("joints", "panda") else 0.05) if what == "jump" else 1
     change = {"plus": size, "every": 2} if what == "jump" else {"stamp": -size, "every": 2}
     t0 = trial.rig.inject("policy", when="out", **outgoing([t.CHUNK] if what == "jump" else CHUNKS, **change))
     trial.rig.spin(1.2)
@@ -458,6 +476,8 @@ def a9(trial: Trial) -> Expect:
 
 def a10(trial: Trial) -> Expect:
     """Actions far out of range, or at the edges of it in turn."""
+    if isinstance(trial.variant, str):
+        return refused_checkpoint(trial)
     name, size = trial.variant
     t0 = trial.rig.inject("policy", when="predicted", predict={name: size})
     if abs(size) < 1:
@@ -465,6 +485,62 @@ def a10(trial: Trial) -> Expect:
         return Expect(t0, stop=None)
     trial.stopped()
     return Expect(t0, "range|limit", bound=0.1)
+
+
+def refused_checkpoint(trial: Trial) -> Expect:
+    """Give `dita robot policy` a checkpoint that is not what it says, or another arm's: it must not start."""
+    t0, problems = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as at:
+        broken_checkpoint(Path(at) / "policy", trial.variant)
+        robot = "metaworld_sawyer" if trial.variant in DAMAGE else "pusht"
+        domain = trial.rig.domain_id + DOMAINS  # not where the rig is
+        arguments = [f"checkpoint={at}/policy", f"env.embodiment={robot}", f"domain_id={domain}", "bus=dds"]
+        command = [sys.executable, "-m", "dita.cli", "robot", "policy", *arguments]
+        environment = {**os.environ, **CHILD_ENV, "PYTHONPATH": str(ROOT)}
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+        except subprocess.TimeoutExpired:
+            return Expect(t0, stop=None, problems=["dita robot policy has started"])
+    said = (done.stdout + done.stderr).strip()
+    if done.returncode == 0:
+        problems.append("dita robot policy ended with code 0")
+    if not matches(CHECKPOINTS[trial.variant], said):
+        problems.append(f"dita robot policy did not name it: {said[-200:]}")
+    return Expect(t0, stop=None, problems=problems, note="refused by dita robot policy" if not problems else "")
+
+
+def broken_checkpoint(folder: Path, how: str) -> None:
+    """Write a tiny policy for a simulated Sawyer, then damage it."""
+    from benchmarks.live_rows import made_up
+    from dita.checkpoint import save_policy
+    from dita.cli import compose
+    from dita.config import TrainConfig
+    from dita.embodiment import load_embodiment
+
+    config = compose("train", ["policy=dita_tiny"], TrainConfig).policy
+    save_policy(made_up(load_embodiment("metaworld_sawyer"), config), folder)
+    if how not in DAMAGE:
+        return
+    path, listed = folder / "contract.json", folder / "manifest.json"
+    contract = json.loads(path.read_text())
+    DAMAGE[how](contract["embodiments"]["metaworld_sawyer"]["stats"])
+    path.write_text(json.dumps(contract))
+    if how != "statistics":  # somebody who also edits the list of files
+        files = json.loads(listed.read_text())
+        data = path.read_bytes()
+        files["files"]["contract.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        listed.write_text(json.dumps(files))
+
+
+def scale_std(stats: dict[str, Any]) -> None:
+    """Make every standard deviation ten times as large."""
+    for values in stats["fields"].values():
+        values["std"] = [10.0 * x for x in values["std"]]
+
+
+def delete_key(stats: dict[str, Any]) -> None:
+    """Forget one field."""
+    del stats["fields"][sorted(stats["fields"])[0]]
 
 
 def a11(trial: Trial) -> Expect:
@@ -476,6 +552,12 @@ def a11(trial: Trial) -> Expect:
     if trial.variant == "add":
         trial.rig.spin(0.8)
         return Expect(t0, stop=None)
+    if trial.variant == "swap":  # the values are plausible: only what does not follow its commands can show it
+        trial.stopped(2.0)
+        caught = trial.rig.state in ("HOLDING", "FAULT", "IDLE")
+        return Expect(
+            t0, stop=None, honest=False, note=f"swapped names {'stopped' if caught else 'NOT noticed'} by the guard"
+        )
     trial.faulted(2.5)
     return Expect(t0, "joint|name|grip", bound=GOAL[1] + CHUNK_S, after_queue=True)
 
@@ -492,9 +574,36 @@ def a12(trial: Trial) -> Expect:
     return Expect(t0, "range|limit|unit", bound=TICK_BOUND)
 
 
+def a13(trial: Trial) -> Expect:
+    """The gripper goes the other way, from the start or suddenly; then it must not arm, either."""
+    rig = trial.rig
+    if trial.variant == "start":
+        rig.idle()
+    begin = rig.driver(fault="gripper_inverted")
+    if trial.variant == "start":
+        rig.armed()
+    with contextlib.suppress(TimeoutError):
+        rig.until(lambda: rig.state == "FAULT", 2 * GRIPPER_WAIT + SELF_CHECK_S, "FAULT")
+    rig.spin(0.3)
+    # the first command that can show it is the second one after arming: from where to the first one is not known
+    orders = [at for at in rig.gripper_at if begin < at < rig.guard_at - SELF_CHECK_S]
+    t0 = orders[-1] + SELF_CHECK_S if orders else begin
+    why = rig.guard.get("reason", "")
+    right = rig.state == "FAULT" and "against its command" in why
+    problems = [] if right else [f"with an inverted gripper: {rig.state}, {why}"]
+    problems += trial.refused("against its command")
+    rig.driver(off=True)
+    rig.end("guard")  # it wants to be started anew
+    rig.start("guard")
+    rig.spin(1.0)
+    return Expect(t0, "against its command", stop=None, problems=problems, extra={"seen_s": rig.guard_at - begin})
+
+
 def a14(trial: Trial) -> Expect:
     """A policy for another robot, or with its cameras swapped."""
     rig = trial.rig
+    if isinstance(trial.variant, str):
+        return refused_checkpoint(trial)
     rig.idle()
     rig.end("policy")
     rig.end("guard")
@@ -607,6 +716,19 @@ def a23(trial: Trial) -> Expect:
     t0 = trial.rig.inject("policy", when="predict", predict={"toward": trial.variant})
     trial.rig.spin(2.2)
     return Expect(t0, "clamped|outside", stop=None)
+
+
+def a23_obstacle(trial: Trial) -> Expect:
+    """The policy drives into a box, the table, the arm itself or a joint's limit."""
+    way = TOWARD[trial.rig.robot][trial.variant]
+    t0 = trial.rig.inject("policy", when="predict", predict={"toward": way})
+    rig, limit = trial.rig, trial.variant == "limit"
+    with contextlib.suppress(TimeoutError):  # when it is too near is for the guard to say
+        rig.until(lambda: rig.state != "ARMED", 3.4, "a stop")
+        t0 = rig.guard_at - 0.1
+    rig.spin(max(0.6, t0 + 3.4 - time.monotonic() if limit else 0.0))
+    named_in = NAMED + 2.0 * limit  # at 0.4 rad/s it is 2 s away
+    return Expect(t0, "clamped" if limit else "too near", stop=None, near=not limit, named_in=named_in)
 
 
 def a25(trial: Trial) -> Expect:
@@ -751,10 +873,24 @@ def a24(trial: Trial) -> Expect:
 WALLS = ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0), (0, 0, 1), (0, 0, -1), (0.6, 0.6, -0.5))
 GUARD_RAISES = tuple(("raise", "guard", where) for where in (POSE, t.CHUNK, "timer"))
 SIGNALS = tuple(("signal", node, n) for n in (signal.SIGINT, signal.SIGTERM) for node in ("guard", "policy"))
+PANDA_WAYS = {
+    "box": (1, 0, 0, 0, 0, 0, 0), "table": (0, 1, 0, 0, 0, 0, 0), "itself": (0, 0, 0, -0.3, 0, -1, 0),
+    "limit": (0, 0, 0, 0, 0, 1, 0),
+}  # fmt: skip
+TOWARD = {
+    "arm": PANDA_WAYS, "panda": PANDA_WAYS,
+    "boxed": {"box": (1, 0, 0), "table": (1, 0.2, 0), "itself": (1, 0, 0.2), "limit": (0, 0, 1)},
+}  # fmt: skip
+DAMAGE = {"statistics": scale_std, "statistics and manifest": scale_std, "key and manifest": delete_key}
+CHECKPOINTS = {  # variant -> what must be named
+    "statistics": r"contract\.json", "statistics and manifest": "contract hash", "key and manifest": "contract hash",
+    "another arm": "pusht",
+}  # fmt: skip
 BOTH = ("point", "joints")
 ABSOLUTE = ("point_absolute", "joints")  # their circle is one in time: at first they catch up with it
 ROWS = {row.id: row for row in (
-    Row("A1", "NaN or Inf in an action", "R2 within a tick; R3 after 3 in 1 s", a1, robots=BOTH, control=True,
+    Row("A1", "NaN or Inf in an action", "R2 within a tick; R3 after 3 in 1 s", a1, control=True,
+        robots=(*BOTH, "twist"),
         variants=[(how, value) for how in ("policy", "wire", "wire_gripper") for value in ("nan", "inf")]),
     Row("A2", "stale state: the driver stops", "R3", a2, robots=BOTH,
         variants=("stopped", "silent", "stopped", "short")),
@@ -771,16 +907,18 @@ ROWS = {row.id: row for row in (
     Row("A9", "chunks do not join", "blend or R2, inside the envelope", a9, control=True,
         robots=("joints", "point_absolute"), variants=(("jump", 1), ("delay", 0.375), ("jump", -1), ("delay", -0.03))),
     Row("A10", "action out of range", "R1, then R2", a10, control=True,
-        variants=(("times", 10.0), ("bang", 1.0), ("times", -10.0), ("bang", 0.25), ("times", 0.1))),
+        variants=(("times", 10.0), ("bang", 1.0), ("times", -10.0), ("bang", 0.25), ("times", 0.1), *DAMAGE)),
     Row("A11", "joint names", "by name only; R3", a11, robots=BOTH[::-1],
-        variants=("permute", "drop", "duplicate", "add")),
+        variants=("permute", "swap", "drop", "duplicate", "add")),
     Row("A12", "units", "R3 in one tick", a12, robots=BOTH, variants=[
         (where, x) for x in (57.3, 1000.0, 0.001) for where in ("state", "action") if (where, x) != ("action", 0.001)
     ]),
+    Row("A13", "gripper the other way round", "FAULT; refuse to arm", a13, variants=("start", "sudden")),
     Row("A14", "another robot's policy", "refuse to arm, name the field", a14, variants=(
         {"name": "other_arm"}, {"action_dt": 0.02}, {"cameras": ROBOTS["point"]["cameras"][::-1]},
+        "another arm",
     )),
-    Row("A15", "policy killed", "R2, R3", a15, robots=BOTH),
+    Row("A15", "policy killed", "R2, R3", a15, robots=(*BOTH, "twist")),
     Row("A16", "policy hangs", "R2, R3", a16, variants=("stopped", "loop")),
     Row("A17", "guard killed", "the driver holds within 100 ms; restart is IDLE", a17),
     Row("A18", "partition", "run out the chunk, end at rest", a18, variants=("blackhole", "half", "slow")),
@@ -792,6 +930,8 @@ ROWS = {row.id: row for row in (
     Row("A24", "protective stop, emergency stop", "FAULT within a tick; no motion on release", a24, robots=BOTH,
         variants=("protective_stop", "emergency_stop")),
     Row("A23", "collision, workspace", "stops inside", a23, robots=BOTH, variants=WALLS),
+    Row("A23b", "boxes, the arm itself, joint limits", "stops 1 cm before", a23_obstacle, robots=("arm", "boxed"),
+        variants=tuple(PANDA_WAYS)),
     Row("A25", "signals, exceptions", "R2, then exit", a25,
         variants=(*SIGNALS, *GUARD_RAISES, ("predict", "policy", None), ("raise", "policy", POSE))),
     Row("A26", "no processor for the guard", "R2, counted", a26, variants=("hogs", "stopped")),
@@ -801,6 +941,8 @@ ROWS = {row.id: row for row in (
     Row("R3", "late joiners, any order", "moves after arming", late_joiner),
     Row("R4", "a second guard", "FAULT; moves again when it has left", second_guard),
 )}  # fmt: skip
+PHYSICAL = ("A1", "A2", "A8", "A9", "A13", "A15", "A16", "A23b", "A24")  # also with the Panda in MuJoCo
+PANDA_ROWS = {f"{name}p": replace(ROWS[name], id=f"{name}p", robots=("panda",), control=False) for name in PHYSICAL}
 HELPERS = {"A20": "replayer", "A22": "rogue"}  # processes that a row needs besides
 
 
@@ -816,6 +958,11 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
         problems.append(f"outside the envelope: {verdict['violations']}")
     if (verdict["measured_outside"] and expect.honest) or verdict["warnings"]:
         problems.append(f"measured outside {verdict['measured_outside']}, warnings {verdict['warnings']}")
+    nearest = verdict["clearance"]
+    if nearest is not None and nearest["m"] < MARGIN:
+        problems.append(f"{1e3 * nearest['m']:.1f} mm, {nearest['what']}")
+    if expect.near and (nearest is None or nearest["m"] > NEAR):
+        problems.append(f"it never came near: {nearest}")
     if verdict["executed_back"]:
         problems.append(f"{verdict['executed_back']} steps executed out of order")
     decel, still = verdict["decel_s"], verdict["still_s"]
@@ -840,7 +987,7 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
     if expect.frozen is not None and (verdict["measured_still_s"] or 0.0) > expect.frozen:
         problems.append(f"the arm moved for {verdict['measured_still_s']:.3f} s")
     named = verdict["named"]["s"] if expect.names and verdict["named"] else None
-    if expect.names and (named is None or named > NAMED):
+    if expect.names and (named is None or named > expect.named_in):
         problems.append("not named" if named is None else f"named after {named:.2f} s")
     return {
         "ok": not problems, "problems": problems, "stop": expect.stop, "bound_s": expect.bound,
@@ -848,11 +995,11 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
         "decel_from_injection_s": verdict["ended_s" if expect.silent else "decel_s"],
         "stand_s": None if still is None or verdict["decel_s"] is None else still - verdict["decel_s"],
         "speeds": verdict["speeds"] if problems else None, "state_s": state["s"] if state else None, "state": state,
-        "named_s": named, "must_name": bool(expect.names),
+        "named_s": named, "named_in": expect.named_in, "must_name": bool(expect.names),
         "text": verdict["named"]["text"] if expect.names and verdict["named"] else None,
         "commands": verdict["commands"], "details": verdict["details"],
         "violations": verdict["violations"], "non_finite": verdict["non_finite"],
-        "speed": verdict["speed"], "extra": dict(expect.extra),
+        "speed": verdict["speed"], "extra": dict(expect.extra), "clearance": nearest, "note": expect.note,
     }  # fmt: skip
 
 
@@ -910,7 +1057,8 @@ def run(rows: Sequence[Row], repeat: int, seed: int, work: Path, domain_id: int,
     todo = [(row, k, False) for row in rows for k in range(repeat)]
     todo += [(row, k, True) for row in rows if row.control and control for k in range(max(1, repeat // 4))]
     missing = [(row, k, unsafe) for row, k, unsafe in todo if (row.id, k, seed, unsafe) not in done]
-    missing.sort(key=lambda item: (rig_key(*item), list(ROWS).index(item[0].id), item[1]))
+    order = [row.id for row in rows]
+    missing.sort(key=lambda item: (rig_key(*item), order.index(item[0].id), item[1]))
     with progress() as bar, path.open("a") as lines:
         task = bar.add_task("chaos", total=len(todo), completed=len(todo) - len(missing), text="")
         with Rigs(domain_id) as rigs:
@@ -1019,7 +1167,7 @@ def line(row: Row, records: Sequence[Mapping[str, Any]]) -> str:
     """Return a row's line of the table."""
     stops = [r for r in records if r.get("stop") or (r.get("stop") is None and r.get("state"))]
     named = [r for r in records if r.get("must_name")]
-    within = sum(r["named_s"] is not None and r["named_s"] <= NAMED for r in named)
+    within = sum(r["named_s"] is not None and r["named_s"] <= r.get("named_in", NAMED) for r in named)
     extra: dict[str, list[float]] = {}
     for r in records:
         for name, value in r.get("extra", {}).items():
@@ -1029,6 +1177,11 @@ def line(row: Row, records: Sequence[Mapping[str, Any]]) -> str:
     bounds = sorted({r["bound_s"] for r in records if r.get("stop")})
     if bounds:
         notes.append(f"bound {', '.join(f'{1e3 * b:.0f}' for b in bounds)} ms")
+    said = [r["note"] for r in records if r.get("note")]
+    notes += [f"{note}: {said.count(note)}" for note in sorted(set(said))]
+    nearest = [r["clearance"]["m"] for r in records if r.get("clearance")]
+    if nearest:
+        notes.append(f"nearest {1e3 * min(nearest):.1f} mm")
     voids = sum(r.get("voids", 0) for r in records)
     if voids:
         notes.append(f"{voids} repeated: the arm stood before the fault")
@@ -1049,9 +1202,13 @@ HEAD = """# Faults of the live stack, injected over real DDS
 `{command}`. {n} repetitions, {ok} as promised. Machine: {machine}; load average up to {load:.1f}; commit {commit};
 seed {seed}; played until {when} UTC.
 
-Processes: a light twin (a tool position in deltas or absolute, or six joints, each with a lag), the shipped policy node
-around a rule that keeps the arm on a circle at a steady speed, the shipped guard node, and a reader that sees only the
-wire and judges every command by its stamps. A fault comes at a random moment of a steady motion.
+Processes: a light twin (a tool position in deltas or absolute, as poses or twists, six joints, or the Panda's seven,
+each with a lag; rows that end in p: robosuite's Panda in MuJoCo, with made-up pictures), the shipped policy node around
+a rule that keeps the arm on a circle at a steady speed, the shipped guard node, and a reader that sees only the wire
+and judges every command by its stamps. A fault comes at a random moment of a steady motion. The reader works out the
+clearance between the arm's capsules, and to boxes, of every command and of every measured state by itself: less than
+{margin:.0f} mm is not as promised. In MuJoCo a warning or a contact of the arm with anything but its other finger is
+not as promised, either.
 **Condition -> deceleration** counts from the moment at which the condition of the table is true: the fault itself, or,
 where the reaction is to run out a chunk, the end of the last valid action; **fault -> deceleration** counts from the
 injection. Deceleration begins with the first command after the last one at {slower:.0%} or more of the slowest command
@@ -1084,6 +1241,7 @@ def page(rows: Sequence[Row], records: Sequence[Mapping[str, Any]], command: str
         commit=", ".join(commits),
         when=time.strftime("%Y-%m-%d %H:%M", time.gmtime(last)),
         slower=SLOWER,
+        margin=1e3 * MARGIN,
         regular=REGULAR,
         enough=ENOUGH,
     )
@@ -1133,7 +1291,12 @@ def failed(records: Sequence[Mapping[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the table and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help=f"comma-separated, of {', '.join(ROWS)}; default: all")
+    every = {**ROWS, **PANDA_ROWS}
+    parser.add_argument("--rows", default="", help=f"comma-separated, of {', '.join(every)}; default: all of --robot")
+    parser.add_argument(
+        "--robot", choices=("light", "panda", "all"), default="light",
+        help="panda: rows that end in p, in MuJoCo; needs the robosuite extra",
+    )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=20, help="of every row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--domain-id", type=int, default=60, help=f"the first of {DOMAINS}")
@@ -1142,14 +1305,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--overwrite", action="store_true", help="forget the trials first")
     args = parser.parse_args(arguments)
-    unknown = [name for name in args.rows.split(",") if name and name not in ROWS]
+    unknown = [name for name in args.rows.split(",") if name and name not in every]
     if unknown:
-        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    rows = [ROWS[name] for name in args.rows.split(",") if name] or list(ROWS.values())
+        parser.error(f"no row {', '.join(unknown)}; there are {', '.join(every)}")
+    of = {"light": ROWS, "panda": PANDA_ROWS, "all": every}[args.robot]
+    rows = [every[name] for name in args.rows.split(",") if name] or list(of.values())
     if args.overwrite:
         shutil.rmtree(args.out, ignore_errors=True)
     command = (
-        f"make chaos ({args.repeat} times each)" if not args.rows else f"rows {args.rows}, {args.repeat} times each"
+        f"make chaos ({args.robot} rows, {args.repeat} times each)"
+        if not args.rows
+        else f"rows {args.rows}, {args.repeat} times each"
     )
     records = run(rows, args.repeat, args.seed, args.out, args.domain_id, not args.no_control)
     args.page.parent.mkdir(parents=True, exist_ok=True)

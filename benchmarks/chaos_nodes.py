@@ -23,10 +23,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import yaml
 
 from robot_io import messages as m
 from robot_io.bus import LATCHED, STATE, Bus, open_bus
@@ -139,7 +141,7 @@ class Change:
     {"drop": true}; {"keep": k} lets every k-th pass; {"stamp": s} moves the header's stamp; {"freeze": "old" | "new"}
     repeats the first message with its stamp or with new ones; {"delay": s} or {"delay": s, "over": s} a ramp;
     {"times": x} scales the payload; {"bad": "nan" | "inf", "count": n, "at": u} spoils one value of the next n;
-    {"plus": x, "every": 2} adds to every other one; {"names": "permute" | "drop" | "add" | "duplicate"}.
+    {"plus": x, "every": 2} adds to every other one; {"names": "permute" | "swap" | "drop" | "add" | "duplicate"}.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -232,10 +234,15 @@ def spoil(message: Any, value: float, at: float) -> None:
 
 
 def rename(message: Any, how: str) -> None:
-    """Put the joints of a JointState into another order, which is harmless, or break their names."""
+    """Put the joints of a JointState into another order, which is harmless, or break their names.
+
+    "swap" exchanges the first two names only: each has then the other's value.
+    """
     names = list(message.name)
     if how == "permute":
         message.name, message.position = names[1:] + names[:1], np.roll(message.position, -1)
+    elif how == "swap":
+        message.name = [names[1], names[0], *names[2:]]
     elif how == "drop":
         message.name, message.position = names[1:], message.position[1:]
     elif how == "add":
@@ -268,6 +275,29 @@ JOINT_LIMITS = {
 CAMERAS = [{"name": name, "height": 24, "width": 32, "slot": i} for i, name in enumerate(("corner", "wrist"))]
 COMMON = {"obs_dt": 0.05, "action_dt": 0.0125, "control_hz": 80.0, "cameras": CAMERAS}
 GRIP = field("grip_target", "gripper_position", 1, 0, 1)
+PANDA = Path(__file__).parent.parent / "configs" / "embodiment" / "robosuite_panda_joint.yaml"
+PANDA_START = (0.0, 0.1963, 0.0, -2.618, 0.0, 2.9416, 0.7854)  # robosuite's
+
+
+def panda() -> dict[str, Any]:
+    """Return the shipped Panda under joint commands, with a finer step and boxes to keep out of."""
+    values = yaml.safe_load(PANDA.read_text())
+    grip, arm = values["state"]
+    delta, effort = values["action"]
+    return {
+        **values, **COMMON, "action_dt": 0.01, "control_hz": 100.0, "name": "robosuite_panda_chaos",
+        "state": [arm, grip], "action": [{**delta, "low": [-0.02] * 7, "high": [0.02] * 7}, effort],
+        "limits": {
+            **values["limits"], "urdf": str(PANDA.parent / values["limits"]["urdf"]), "margin": 0.01,
+            "keep_out": [
+                {"low": [0.2, 0.3, -0.2], "high": [0.9, 0.6, 1.0]},  # to its left
+                {"low": [0.2, -0.8, -0.4], "high": [1.2, 0.8, -0.1]},  # the table, whose top is at -0.112
+                {"low": [-0.25, -0.25, -1.0], "high": [0.25, 0.25, 0.0]},  # its pedestal
+            ],
+        },
+    }  # fmt: skip
+
+
 MEASURED = [field("hand", "ee_position", 3, -2, 2), field("grip", "gripper_position", 1, 0, 1)]
 ROBOTS: dict[str, dict[str, Any]] = {
     "point": {
@@ -278,6 +308,18 @@ ROBOTS: dict[str, dict[str, Any]] = {
         **COMMON, "name": "point_absolute", "robot": "a point", "state": MEASURED, "limits": LIMITS,
         "action": [field("hand_target", "ee_position", 3, -2, 2), GRIP],
     },
+    "boxed": {  # as the first, with a box beside the circle
+        **COMMON, "name": "boxed", "robot": "a point", "state": MEASURED,
+        "limits": {**LIMITS, "keep_out": [{"low": [0.2, 0.5, 0.1], "high": [0.3, 0.9, 0.5]}], "margin": 0.01},
+        "action": [field("hand_delta", "ee_position", 3, -0.01, 0.01, "commanded"), GRIP],
+    },
+    "twist": {
+        **COMMON, "name": "twist", "robot": "a point", "state": MEASURED, "limits": LIMITS,
+        "driver": {"command": "twist"},
+        "action": [field("hand_delta", "ee_position", 3, -0.01, 0.01, "commanded"), GRIP],
+    },
+    "arm": panda(),  # the Panda's joints, each with a lag
+    "panda": panda(),  # in MuJoCo
     "joints": {
         **COMMON, "name": "joints", "robot": "six joints", "limits": {"joints": JOINT_LIMITS},
         "driver": {"command": "joint_trajectory", "joints": JOINTS},
@@ -305,7 +347,25 @@ class Orbit:
 
 
 TOOL = Orbit(np.array([0.0, 0.7, 0.3]), (0, 2), 0.1, 0.3)
-ORBITS = {"point": TOOL, "point_absolute": TOOL, "joints": Orbit(np.zeros(6), (0, 1), 0.3, 0.5)}
+SEVEN = Orbit(np.array(PANDA_START) - 0.2 * np.eye(7)[0], (0, 6), 0.2, 0.4)
+ORBITS = {
+    **dict.fromkeys(("point", "point_absolute", "boxed", "twist"), TOOL), **dict.fromkeys(("arm", "panda"), SEVEN),
+    "joints": Orbit(np.zeros(6), (0, 1), 0.3, 0.5),
+}  # fmt: skip
+
+
+def grip_range(robot: str) -> tuple[float, float]:
+    """Return what closes and what opens the gripper."""
+    grip = ROBOTS[robot]["action"][-1]
+    return grip["low"][0], grip["high"][0]
+
+
+def pictures(x: np.ndarray) -> dict[str, np.ndarray]:
+    """Return one picture per camera that shows a configuration, as bytes."""
+    image = np.zeros((24, 32, 3), np.uint8)
+    shown = np.frombuffer(x.astype(np.float32).tobytes(), np.uint8)
+    image.reshape(-1)[: len(shown)] = shown
+    return {"corner": image, "wrist": image[::-1].copy()}
 
 
 class PointEnv:
@@ -328,7 +388,9 @@ class PointEnv:
         motion = np.asarray(action[:-1], float)
         self.commanded = self.commanded + motion if self._delta else motion
         self.hand = self.hand + 0.5 * (self.commanded - self.hand)
-        self.grip += float(np.clip(float(action[-1]) - self.grip, -0.02, 0.02))
+        low, high = grip_range(self._name)
+        opening = (float(action[-1]) - low) / (high - low)
+        self.grip += float(np.clip(opening - self.grip, -0.02, 0.02))
         return ({"state": self._state()},)
 
     def _state(self) -> np.ndarray:
@@ -336,9 +398,7 @@ class PointEnv:
 
     def observe(self) -> Any:
         """Return images that change with the hand."""
-        image = np.zeros((24, 32, 3), np.uint8)
-        image[0, :4] = np.frombuffer(self.hand[:3].astype(np.float32).tobytes(), np.uint8).reshape(4, 3)
-        return SimpleNamespace(images={"corner": image, "wrist": image[::-1].copy()}, state=self._state())
+        return SimpleNamespace(images=pictures(self.hand), state=self._state())
 
     def warnings(self) -> dict[str, int]:
         """Return nothing: no simulator, no warnings."""
@@ -348,6 +408,45 @@ class PointEnv:
         """Free nothing."""
 
 
+class PhysicalEnv:
+    """robosuite's Lift in MuJoCo; what touches the arm, or the arm itself, counts as a warning.
+
+    Pictures are those of the other twins: rendering robosuite's takes 20 ms each without a GPU, and the arm stands.
+    """
+
+    def __init__(self, name: str) -> None:
+        from dita.embodiment import embodiment_from_dict
+        from dita.envs.robosuite import RobosuiteEnv
+
+        self._env = RobosuiteEnv(embodiment_from_dict({**ROBOTS[name], "cameras": []}), "Lift", 10**9)
+        self._contacts = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._env, name)
+
+    def reset(self, *, seed: int, options: Mapping[str, str]) -> None:
+        """Begin anew, where robosuite begins."""
+        self._contacts = 0
+        self._env.reset(seed=seed)
+
+    def drive(self, goal: np.ndarray, gripper: float, seconds: float) -> None:
+        """Follow a goal, and look for contacts of the arm."""
+        self._env.drive(goal, gripper, seconds)
+        model, data = self._env.model, self._env.data
+        for contact in data.contact[: data.ncon]:
+            names = [model.body(model.geom_bodyid[g]).name for g in (contact.geom1, contact.geom2)]
+            arm, hand = (sum(n.startswith(prefix) for n in names) for prefix in (("robot0", "gripper0"), "gripper0"))
+            self._contacts += arm > 0 and hand < 2  # its fingers may meet
+
+    def observe(self) -> Any:
+        """Return images that change with the joints."""
+        return SimpleNamespace(images=pictures(self._env.joints), state=self._env.state)
+
+    def warnings(self) -> dict[str, int]:
+        """Return MuJoCo's warnings, and contacts."""
+        return {**self._env.warnings(), **({"contacts": self._contacts} if self._contacts else {})}
+
+
 class Circle:
     """Move on a circle at a steady speed, from wherever the arm is; thinks for 30 ms, or as its order says."""
 
@@ -355,6 +454,7 @@ class Circle:
         embodiment = ROBOTS[name]
         self.dt, self.steps, self.bus, self.orbit = embodiment["action_dt"], steps, bus, ORBITS[name]
         self.name, self.delta = embodiment["name"], embodiment["action"][0]["mode"] == "delta"
+        self.grip = grip_range(name)
 
     def predict(self, history: Any, *, seed: int, **options: Any) -> Any:
         """Return a chunk, spoiled as the bus's order says."""
@@ -362,7 +462,9 @@ class Circle:
         fault = self.bus.order.get("predict") or {}
         now = history[-1]
         motion = self._motion(np.array(now.state[:-1], float), now.stamp, fault)
-        values = np.column_stack([motion, np.full(self.steps, 0.5 + 0.4 * np.sign(np.sin(now.stamp)))])
+        low, high = self.grip
+        opening = 0.5 + 0.4 * np.sign(np.sin(now.stamp))
+        values = np.column_stack([motion, np.full(self.steps, low + (high - low) * opening)])
         values = self._spoil(values, fault)
         return SimpleNamespace(values=values, stamp=now.stamp, action_dt=self.dt, embodiment=self.name)
 
@@ -410,7 +512,8 @@ def run_twin(*, bus: Bus, robot: str, command_timeout: float = 0.1) -> Any:
     """Return the shipped twin node around a point."""
     from robot_io.nodes.twin import TwinNode
 
-    return TwinNode(bus, PointEnv(robot), ROBOTS[robot], command_timeout, inject=True)
+    env: Any = PhysicalEnv(robot) if robot == "panda" else PointEnv(robot)
+    return TwinNode(bus, env, ROBOTS[robot], command_timeout, inject=True)
 
 
 def run_policy(*, bus: Bus, robot: str, hash: str = "0" * 64, changes: Mapping[str, Any] | None = None) -> Any:
@@ -448,20 +551,22 @@ class Reader:
     """
 
     def __init__(self, bus: Any, robot: str) -> None:
-        from robot_io.core.limits import parse_robot
+        from robot_io.nodes.guard import load_robot
 
         self.bus = bus
-        self.robot = parse_robot(ROBOTS[robot])
+        self.robot = load_robot(ROBOTS[robot])[0]
         assert self.robot.bounds is not None
         self.bounds = self.robot.bounds
         self.commands: deque[Any] = deque()  # (arrival, writer, stamp, position, speed)
         self.measured: deque[Any] = deque()  # (arrival, position)
         self.violations: deque[Any] = deque()  # (arrival, what)
+        self.clearances: deque[Any] = deque()  # (arrival, distance [m], between what), commanded and measured
         self.details: deque[Any] = deque()  # (arrival, spacing and speeds of the commands of a violation)
         self.states: deque[Any] = deque()  # (arrival, state, reason)
         self.texts: deque[Any] = deque()  # (arrival, text)
         self.executed: deque[Any] = deque()  # (arrival, chunk stamp, index)
         self.episode: dict[str, Any] = {}
+        self._counted: dict[str, Any] = {}  # node -> what its last diagnostics said
         self._streams: dict[Any, Any] = {}
         self._subscribe()
         self._asked: queue.Queue[str] = queue.Queue()
@@ -508,9 +613,12 @@ class Reader:
         if message.header.frame_id == "rogue":
             return
         writer = message.sample_info.publication_handle
+        twist = self.robot.driver.command == "twist"
         stamp, position = command_of(self.robot, message, time.time())
+        if not twist:
+            self._look(position, "commanded")
         if writer not in self._streams:
-            self._streams[writer] = {"envelope": EnvelopeReader(self.robot.space, self.bounds), "last": None}
+            self._streams[writer] = {"envelope": EnvelopeReader(self.robot.space, self.bounds, twist), "last": None}
         stream = self._streams[writer]
         before = Counter(stream["envelope"].violations)
         before["non_finite"], gaps = stream["envelope"].non_finite, stream["envelope"].gaps
@@ -521,13 +629,13 @@ class Reader:
             self._keep(self.violations, what)
             recent = stream["envelope"].recent()
             detail = {"what": what, "dt_ms": [round(1e3 * float(b[0] - a[0]), 3) for a, b in pairwise(recent)]}
-            detail["speeds"] = [
-                round(float(np.linalg.norm(b[1] - a[1]) / (b[0] - a[0])), 4) for a, b in pairwise(recent)
-            ]
+            moves = [b[1] if twist else (b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(recent)]
+            detail["speeds"] = [round(float(np.linalg.norm(move)), 4) for move in moves]
             self._keep(self.details, detail)
         new = stream["last"] is None or stream["envelope"].gaps > gaps
         speed = stream["envelope"].speed()
-        self._on_stream(new, stream["last"], position)
+        if not twist:
+            self._on_stream(new, stream["last"], position)
         stream["last"] = (stamp, position, time.monotonic())
         self._keep(self.commands, writer, stamp, position, speed)
 
@@ -547,18 +655,34 @@ class Reader:
             if away > 0.02:
                 self._keep(self.violations, f"first command {away:.3f} m from the measured position")
 
+    def _look(self, x: np.ndarray, which: str) -> None:
+        """Keep how near a configuration is to what it must keep out of, itself included."""
+        limits, kinematics = self.robot.limits, self.robot.kinematics
+        if not np.all(np.isfinite(x)):
+            return
+        if kinematics is not None:
+            distance, what = kinematics.clearance(x, limits.keep_out)
+            self._keep(self.clearances, distance, f"{which}: {what}")
+        elif len(limits.keep_out) and self.robot.space.name == "cartesian":
+            gaps = [float(np.linalg.norm(np.maximum(0, np.maximum(a - x[:3], x[:3] - b)))) for a, b in limits.keep_out]
+            self._keep(self.clearances, min(gaps), f"{which}: keep_out[{int(np.argmin(gaps))}]")
+
     def _on_gripper(self, message: Any) -> None:
         values = np.concatenate([np.concatenate([p.positions, p.velocities, p.effort]) for p in message.points])
         if message.header.frame_id != "rogue" and not np.all(np.isfinite(values)):
             self._keep(self.violations, "non_finite gripper")
 
     def _on_pose(self, message: Any) -> None:
-        self._keep(self.measured, m.pose_from_ros(message)[0])
+        position = m.pose_from_ros(message)[0]
+        self._keep(self.measured, position)
+        self._look(position, "measured")
 
     def _on_joints(self, message: Any) -> None:
         with contextlib.suppress(ValueError, KeyError):  # names that are wrong on purpose
             found = m.joints_from_ros(message)
-            self._keep(self.measured, np.array([found[name] for name in self.robot.driver.joints]))
+            joints = np.array([found[name] for name in self.robot.driver.joints])
+            self._keep(self.measured, joints)
+            self._look(joints, "measured")
 
     def _on_executed(self, message: Any) -> None:
         step = m.executed_from_ros(message)
@@ -573,8 +697,11 @@ class Reader:
         self.episode = m.json_from_ros(message)
 
     def _on_diagnostics(self, message: Any) -> None:
+        """Keep what is new: a counter that an earlier fault has left behind does not name a later one."""
         for name, status in m.diagnostics_from_ros(message).items():
-            counts = ", ".join(f"{k} {v}" for k, v in status["values"].items())
+            before = self._counted.get(name, {})
+            self._counted[name] = dict(status["values"])
+            counts = ", ".join(f"{k} {v}" for k, v in status["values"].items() if before.get(k) != v)
             self._keep(self.texts, f"{name}: {status['message']} ({counts})")
 
     def _answer(self) -> None:
@@ -599,6 +726,7 @@ class Reader:
         state = next(((at, s, why) for at, s, why in self.states if at >= t0), None)
         chunks = [stamp for at, stamp, _ in self.executed if since <= at <= until]
         stop = self._stop(commands, t0)
+        nearest = min(((d, what) for at, d, what in self.clearances if since <= at <= until), default=None)
         covered = [at for at, _, _ in self.executed if at <= t0 + (stop["still_s"] or np.inf)]
         return {
             "commands": len(commands),
@@ -607,6 +735,7 @@ class Reader:
             "non_finite": non_finite,
             "measured_outside": sum(not (np.all(p >= low) and np.all(p <= high)) for _, p in measured),
             "warnings": sum(self.episode.get("warnings", {}).values()),
+            "clearance": None if nearest is None else {"m": nearest[0], "what": nearest[1]},
             **stop,
             "queue_s": covered[-1] + self.robot.action_dt - t0 if covered else None,
             "measured_still_s": _still_since(measured, t0),
@@ -678,7 +807,7 @@ class Rogue:
     def __init__(self, bus: Any, robot: str) -> None:
         from robot_io.core.limits import parse_robot
 
-        self.bus, self._domain, self._robot = bus, bus.domain_id, parse_robot(ROBOTS[robot])
+        self.bus, self._domain, self._robot, self._name = bus, bus.domain_id, parse_robot(ROBOTS[robot]), robot
         self._other: Any = None
         self._applied = bus.publisher(APPLIED, m.STRING, STATE)
         bus.subscribe(INJECT, m.STRING, STATE, self._on_order)
@@ -712,7 +841,7 @@ class Rogue:
 
     def _send(self) -> None:
         if self._other is not None and self._send_what != "nothing":
-            x = ORBITS[self._robot.name].center.copy()
+            x = ORBITS[self._name].center.copy()
             if self._send_what == "nan":
                 x[0] = np.nan
             if self._robot.driver.joints:

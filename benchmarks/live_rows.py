@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import hashlib
 import http.client
 import json
 import math
+import multiprocessing
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from multiprocessing.util import Finalize
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -22,15 +25,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.progress import track
 
 from benchmarks.harness import OTHERS, ROOT, Case, busy_cores, interleave
 from dita.checkpoint import save_policy
 from dita.cli import compose
 from dita.config import EnvConfig, PolicyConfig, PreprocessConfig, TrainConfig
-from dita.embodiment import embodiment_to_dict, load_embodiment
+from dita.embodiment import canonical_json, embodiment_to_dict, load_embodiment
 from dita.envs import make
+from dita.evaluate import identity
 from dita.normalize import fit
-from dita.policy.fast import PolicySession
+from dita.policy.fast import PolicySession, inference_twin
 from dita.policy.policy import DitaPolicy
 from dita.preprocess import make_contract
 from dita.statistics import wilson
@@ -44,14 +49,21 @@ BUILD = ROOT / "build" / "stitching"
 PAGE = ROOT / "docs" / "evidence"
 TASKS = ("button-press-topdown-v3", "drawer-open-v3")
 CHUNK, COMMITTED = 48, 24  # steps of 12.5 ms: bridges 300 ms
+DELAYS = (0, 6, 12, 18, 24)  # [steps], up to half a chunk
+STARTS, GROUP = 10, 10  # per task and cell, and how many of them share policy calls; more starts only add groups
+STEPS, EXECUTED = 250, 8  # of an episode at most; of a chunk before the next is asked for, as `dita eval` has it
+RECIPE = ("steps=500", "batch_size=32", "noise_samples_per_context=2")  # two policies in minutes
+WORKERS = 2
+RESAMPLES = 400
 FIRST_SEED = 950_000  # of the starts: neither demonstrations' nor `dita eval`'s
-MODES = {  # how it is called -> (mode, whether the policy reads the prefix that it was trained with)
-    "naive switch": (COMPENSATED, True),
-    "ensembling": (ENSEMBLING, True),
+MODES = {  # how it is called -> (mode, whether the policy was trained with committed prefixes)
+    "naive switch": (COMPENSATED, False),
+    "ensembling": (ENSEMBLING, False),
     "rtc, trained": (RTC, True),
     "rtc, training-free": (RTC, False),
-    "synchronous": (SYNCHRONOUS, True),
+    "synchronous": (SYNCHRONOUS, False),
 }
+COLOURS = ("#5d6872", "#009e73", "#0072b2", "#56b4e9", "#d55e00")
 
 
 # ---- row 8
@@ -148,8 +160,16 @@ def _over_http(port: int, count: int) -> Iterator[tuple[float, float]]:
         yield time.time() - stamp, answer["seconds"]
 
 
+def _http_rows(port: int, count: int) -> list[tuple[float, float]]:
+    return list(_over_http(port, count))
+
+
 def node_latency(tier: str) -> list[Case]:
-    """Row 8: image stamp -> chunk through real processes over DDS, against the bare tick and an HTTP server."""
+    """Row 8: image stamp -> chunk through real processes over DDS, against the bare tick and an HTTP server.
+
+    The bare tick is what the HTTP server's process spends in `predict`, while the graph goes on around it: a tick on an
+    otherwise idle machine would charge the node for the load of camera, arm and guard.
+    """
     from robot_io.bus import open_bus
     from robot_io.live import Children
 
@@ -177,7 +197,9 @@ def node_latency(tier: str) -> list[Case]:
         bus = open_bus(name="bench", **bus_arguments)
         stack.callback(bus.close)
         arm = Arm(bus, spec)
-        found = _measure_rounds(arm, children, port, rounds, images)
+        # of a process of its own: in a thread it would wait for the interpreter that publishes the arm
+        client = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+        found = _measure_rounds(arm, children, client, port, rounds, images)
     return _latency_cases(found, others)
 
 
@@ -187,10 +209,13 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
-def _measure_rounds(arm: Arm, children: Any, port: int, rounds: int, images: int) -> dict[str, Any]:
+def _measure_rounds(
+    arm: Arm, children: Any, client: ProcessPoolExecutor, port: int, rounds: int, images: int
+) -> dict[str, Any]:
     node, http_, bare, gaps, holds = [], [], [], [], 0
     pictures = _pictures()
     _wait_http(port, children)
+    client.submit(_http_rows, port, 1).result()  # its imports are done before anything is timed
     for _ in range(rounds):
 
         def armed(_: int) -> bool:
@@ -208,7 +233,10 @@ def _measure_rounds(arm: Arm, children: Any, port: int, rounds: int, images: int
         gaps += [b - a for a, b in pairwise(arm.commands[commands:])]
         arm.order(False)
         arm.run(None, lambda _: arm.guard.get("state") == "IDLE")
-        rows = list(_over_http(port, images))[WARM_UP:]
+        # the same load for all: state and images go on, the guard ticks, the policy node gets all but does not predict
+        served = client.submit(_http_rows, port, images)
+        arm.run(pictures, lambda _, served=served: served.done())
+        rows = served.result()[WARM_UP:]
         http_ += [total for total, _ in rows]
         bare += [alone for _, alone in rows]
     guard = {k: float(v) for k, v in arm.diagnostics.get("guard", {}).get("values", {}).items() if _is_number(v)}
@@ -273,130 +301,263 @@ def _latency_cases(found: dict[str, Any], others: float) -> list[Case]:
 # ---- row 9
 
 
-@dataclass
+@dataclass(frozen=True)
+class Episode:
+    """One start under one mode and delay."""
+
+    name: str  # of MODES
+    delay: int  # [steps]
+    task: str
+    seed: int
+    success: bool
+    steps: int
+    underruns: int  # steps for which there was no action, between the first chunk and the end
+    jumps: list[float]  # [m] |action - the one before| where a chunk takes over or ends
+    inside: list[float]  # the same within chunks
+    jerks: list[float]  # [m/s^3] of the commanded path where a chunk takes over or ends
+    jerks_inside: list[float]
+
+
+@dataclass(frozen=True)
 class Seam:
-    """What one or more episodes showed at one delay."""
+    """What the episodes of one mode showed at one delay."""
 
-    successes: int = 0
-    episodes: int = 0
-    underruns: int = 0  # steps for which there was no action, between the first chunk and the end
-    jumps: list[float] = field(default_factory=list)  # [m] |action - the one before| where a chunk takes over
-    inside: list[float] = field(default_factory=list)  # the same within chunks
-    jerks: list[float] = field(default_factory=list)  # [m/s^3] of the commanded path where a chunk takes over
-    jerks_inside: list[float] = field(default_factory=list)
+    episodes: Sequence[Episode]
+
+    def rows(self, key: str) -> list[float]:
+        """Return a list of the episodes' joined."""
+        return [x for e in self.episodes for x in getattr(e, key)]
+
+    def ratio(self, seams: str, inside: str) -> tuple[float, float, float]:
+        """Return the median at seams over the median within chunks, and its 95 % bootstrap interval over episodes."""
+        if not self.rows(seams) or not self.rows(inside):
+            return math.nan, math.nan, math.nan
+        at, within = ([np.array(getattr(e, key)) for e in self.episodes] for key in (seams, inside))
+        rng, n = np.random.default_rng([0, 9]), len(self.episodes)
+        draws = []
+        for _ in range(RESAMPLES):
+            rows = rng.integers(n, size=n)
+            a, b = (np.concatenate([part[i] for i in rows]) for part in (at, within))
+            if len(a) and len(b):
+                draws.append(np.median(a) / max(np.median(b), 1e-9))
+        low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+        return median(self.rows(seams)) / max(median(self.rows(inside)), 1e-9), low, high
 
     @property
-    def jump(self) -> float:
-        """Return the median jump where chunks meet, in units of the median within them."""
-        return median(self.jumps) / max(median(self.inside), 1e-9) if self.jumps and self.inside else math.nan
+    def jump(self) -> tuple[float, float, float]:
+        """Return the jump in medians within chunks, and its interval."""
+        return self.ratio("jumps", "inside")
 
     @property
-    def jerk(self) -> float:
-        """Return the same of the jerk."""
-        return median(self.jerks) / max(median(self.jerks_inside), 1e-9) if self.jerks else math.nan
+    def success(self) -> tuple[int, int, float, float]:
+        """Return (successes, episodes, low, high) with the 95 % Wilson interval."""
+        wins, n = sum(e.success for e in self.episodes), len(self.episodes)
+        return (wins, n, *wilson(wins, n))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        share = None if math.isnan(self.jump) else self.jump
-        jerk = None if math.isnan(self.jerk) else self.jerk
+        """Return plain values; None where no two chunks met."""
+        wins, n, *interval = self.success
+
+        def known(values: Sequence[float]) -> list[float] | None:
+            return None if any(math.isnan(v) for v in values) else list(values)
+
+        jumps, jerks = self.rows("jumps"), self.rows("jerks")
         return {
-            "successes": self.successes, "episodes": self.episodes, "underruns": self.underruns,
-            "boundaries": len(self.jumps), "jump_ratio": share, "jerk_ratio": jerk,
-            "jump_m": median(self.jumps) if self.jumps else None,
-            "inside_m": median(self.inside) if self.inside else None,
-            "jerk_m_s3": median(self.jerks) if self.jerks else None,
+            "episodes": n, "successes": wins, "success_interval": interval, "seams": len(jumps),
+            "jump_ratio_and_interval": known(self.jump),
+            "jerk_ratio_and_interval": known(self.ratio("jerks", "jerks_inside")),
+            "jump_m": median(jumps) if jumps else None, "jerk_m_s3": median(jerks) if jerks else None,
+            "underruns": sum(e.underruns for e in self.episodes),
+            "mean_steps": sum(e.steps for e in self.episodes) / n,
         }  # fmt: skip
 
 
-def without_prefix(policy: DitaPolicy) -> DitaPolicy:
-    """Return the same weights as a policy that was not trained with committed prefixes."""
-    twin = copy.copy(policy)
-    twin.config = replace(policy.config, max_committed_slots=0)
-    return twin
+class Play:
+    """One episode in simulated time, every chunk arriving `delay` steps after its observation."""
 
+    def __init__(self, env: Any, policy: DitaPolicy, name: str, delay: int, task: str, seed: int) -> None:
+        self.env, self.seed, self.delay = env, seed, delay
+        spec, mode = env.embodiment, MODES[name][0]
+        self.robot, self.dt = parse_robot(embodiment_to_dict(spec)), spec.action_dt
+        self.stride = round(spec.obs_dt / spec.action_dt)
+        self.stitcher = Stitcher(self.robot, mode, n_action_steps=EXECUTED, **stitching_of(policy.config))
+        self.stitcher.on_latency(delay * self.dt)
+        self.synchronous, self.buffer, self.k = mode == SYNCHRONOUS, ChunkBuffer(), 0
+        env.reset(seed=seed, options={"task": task})
+        self.frames: dict[int, RawObservation] = {}
+        self.arriving: tuple[int, Any] | None = None
+        self.earliest, self.soonest = -math.inf, 0  # [s], [steps]
+        self.path, self.began = [np.array(env.commanded_position, float)], []
+        self.effort, self.first, self.underruns = np.zeros(self.robot.action_dim, np.float32), True, 0
 
-def play(
-    env: Any, session: PolicySession, mode: str, trained: bool, delay: int, task: str, seed: int, steps: int, seam: Seam
-) -> None:
-    """Play one episode in simulated time, every chunk arriving `delay` steps after its observation."""
-    spec = env.embodiment
-    robot, dt, stride = parse_robot(embodiment_to_dict(spec)), spec.action_dt, round(spec.obs_dt / spec.action_dt)
-    options = {**stitching_of(session.policy.config), "trained": trained}
-    stitcher, buffer = (
-        Stitcher(robot, mode, n_action_steps=8 if mode == SYNCHRONOUS else None, **options),
-        ChunkBuffer(),
-    )
-    stitcher.on_latency(delay * dt)
-    session.reset()
-    env.reset(seed=seed, options={"task": task})
-    frames: dict[int, RawObservation] = {}
-    arriving: tuple[int, Any] | None = None
-    earliest, path, began = -math.inf, [np.array(env.commanded_position, float)], []
-    effort, first = np.zeros(robot.action_dim, np.float32), True
-    for k in range(steps):
-        now = k * dt
-        if k % stride == 0:
-            frames = {i: o for i, o in frames.items() if i >= k - stride} | {k: env.observe()}
-            if arriving is None and now >= earliest - 1e-9:
-                history = [frames[i] for i in (k - stride, k) if i in frames]
-                committed = stitcher.committed(now)
-                prefix = {} if committed is None else {"committed": committed}
-                arriving = (k + delay, session.predict(history, seed=seed * 1000 + k, **prefix))
-        if arriving is not None and k == arriving[0]:
-            values, stamp = stitcher.stitch(arriving[1].values, arriving[1].stamp, now)
+    def asks(self) -> tuple[list[RawObservation], np.ndarray | None] | None:
+        """Return (history, committed actions) if a prediction begins with this step."""
+        if self.k % self.stride or self.k < self.soonest - self.stride:
+            return None
+        # pictures cost most: only the two that the next prediction reads
+        self.frames = {i: o for i, o in self.frames.items() if i >= self.k - self.stride} | {self.k: self.env.observe()}
+        if self.arriving is not None or self.k * self.dt < self.earliest - 1e-9:
+            return None
+        assert self.k == 0 or len(self.frames) == 2
+        return list(self.frames.values()), self.stitcher.committed(self.k * self.dt)
+
+    def take(self, chunk: Any) -> None:
+        """Take the prediction that was asked for, under way from now on."""
+        self.arriving = (self.k + self.delay, chunk)
+        busy = self.delay + EXECUTED if self.synchronous else max(self.delay, EXECUTED)
+        self.soonest = math.ceil((self.k + busy) / self.stride) * self.stride
+
+    def step(self) -> None:
+        """Let a chunk arrive that is due, and move by one step."""
+        robot, now = self.robot, self.k * self.dt
+        if self.arriving is not None and self.k == self.arriving[0]:
+            values, stamp = self.stitcher.stitch(self.arriving[1].values, self.arriving[1].stamp, now)
             gripper = values[:, robot.action_slice(robot.gripper)][:, 0]
-            chunk = Chunk(stamp, dt, robot.motion_of(values), gripper, k + 1)
-            stitcher.published(chunk, now)
-            buffer.offer(chunk, now)
-            earliest, arriving = stitcher.next_stamp(stamp, len(values)), None
-        due = buffer.due(now)
-        action = effort.copy()
+            chunk = Chunk(stamp, self.dt, robot.motion_of(values), gripper, self.k + 1)
+            self.stitcher.published(chunk, now)
+            self.buffer.offer(chunk, now)
+            self.earliest, self.arriving = self.stitcher.next_stamp(stamp, len(values)), None
+        due, action = self.buffer.due(now), self.effort.copy()
         action[robot.action_slice(robot.motion)] = 0.0
         if due is None:
-            seam.underruns += not first
+            self.underruns += not self.first
         else:
             action[robot.action_slice(robot.motion)] = due.chunk.motion[due.index]
-            action[robot.action_slice(robot.gripper)] = (
-                0.0 if due.chunk.gripper is None else due.chunk.gripper[due.index]
-            )
-            effort, first = action, False
-        action = np.clip(action, env.action_space.low, env.action_space.high)
-        env.step(action)
-        path.append(np.array(env.commanded_position, float))
-        began.append(0 if due is None else due.chunk.id)
+            assert due.chunk.gripper is not None
+            action[robot.action_slice(robot.gripper)] = due.chunk.gripper[due.index]
+            self.effort, self.first = action, False
+        action = np.clip(action, self.env.action_space.low, self.env.action_space.high)
+        self.env.step(action)
+        self.path.append(np.array(self.env.commanded_position, float))
+        self.began.append(0 if due is None else due.chunk.id)
         if due is not None:
             delta = action[robot.action_slice(robot.motion)].astype(float)
-            stitcher.on_executed(due.start, path[-1], delta, float(action[robot.action_slice(robot.gripper)][0]))
-        if env.success:
-            break
-    _measure(seam, np.array(path), began, dt)
-    seam.episodes += 1
-    seam.successes += bool(env.success)
+            gripper = float(action[robot.action_slice(robot.gripper)][0])
+            self.stitcher.on_executed(due.start, self.path[-1], delta, gripper)
+        self.k += 1
+
+    def episode(self, name: str) -> Episode:
+        """Return what it showed."""
+        jumps, inside, jerks, jerks_inside = seams_of(np.array(self.path), self.began, self.dt)
+        return Episode(name, self.delay, self.env.task, self.seed, bool(self.env.success), self.k, self.underruns,
+                       jumps, inside, jerks, jerks_inside)  # fmt: skip
 
 
-def _measure(seam: Seam, path: np.ndarray, began: Sequence[int], dt: float) -> None:
+def seams_of(path: np.ndarray, began: Sequence[int], dt: float) -> tuple[list[float], ...]:
+    """Return jumps [m] at seams and within chunks, and jerks [m/s^3] likewise, of a commanded path [k+1 3].
+
+    began: each step's chunk, 0 for none. Where the arm waits between chunks there is neither.
+    """
     actions = np.diff(path, axis=0)
     jerk = np.linalg.norm(np.diff(actions, n=2, axis=0), axis=1) / dt**3
     seen = next((i for i, id in enumerate(began) if id), len(began))
+    found: tuple[list[float], ...] = ([], [], [], [])
     for i in range(seen + 2, len(actions)):
-        jump = float(np.linalg.norm(actions[i] - actions[i - 1]))
-        boundary = began[i] != began[i - 1]
-        (seam.jumps if boundary else seam.inside).append(jump)
-        (seam.jerks if boundary else seam.jerks_inside).append(float(jerk[i - 2]))
+        if not began[i] and not began[i - 1]:
+            continue
+        within = int(began[i] == began[i - 1])
+        found[within].append(float(f"{np.linalg.norm(actions[i] - actions[i - 1]):.6g}"))
+        found[2 + within].append(float(f"{jerk[i - 2]:.6g}"))
+    return found
 
 
-def train_policy() -> Path:
-    """Collect and train once, into build/; return the run's folder."""
-    store, run = BUILD / "demonstrations.zarr", BUILD / "train"
-    tasks = f"env.tasks=[{','.join(TASKS)}]"
-    sizes = [f"policy.chunk_size={CHUNK}", f"policy.max_committed_slots={COMMITTED}"]
-    for command in (
-        ["collect", f"out={store}", tasks, "episodes=60", "--resume"],
-        ["train", "experiment=demo", f"data.stores=[{{path:{store},weight:1}}]", f"run={run}", *sizes, "--resume"],
-    ):
+class Stage:
+    """Policies and environments of one process, and the groups of starts that are played together."""
+
+    def __init__(self, policies: dict[bool, DitaPolicy], size: int, steps: int) -> None:
+        self._policies = {prefix: inference_twin(policy, pack=True) for prefix, policy in policies.items()}
+        self._steps = steps
+        self._envs = [make(EnvConfig("metaworld", "metaworld_sawyer", TASKS, steps, True), TASKS[0])
+                      for _ in range(size)]  # fmt: skip
+
+    def play(self, name: str, delay: int, task: str, first: int) -> list[Episode]:
+        """Play one start per environment in lockstep: who asks at the same step is answered by one policy call."""
+        policy = self._policies[MODES[name][1]]
+        plays = [Play(env, policy, name, delay, task, first + i) for i, env in enumerate(self._envs)]
+        for k in range(self._steps):
+            playing = [p for p in plays if not p.env.success]
+            asked = [(p, *question) for p in playing if (question := p.asks()) is not None]
+            for given in (False, True):
+                rows = [row for row in asked if (row[2] is not None) == given]
+                if rows:
+                    chunks = policy.predict_batch(
+                        [history for _, history, _ in rows], [p.seed * 1000 + k for p, _, _ in rows],
+                        batch_size=len(plays), committed=[c for _, _, c in rows if c is not None] if given else None,
+                    )  # fmt: skip
+                    for (p, _, _), chunk in zip(rows, chunks, strict=True):
+                        p.take(chunk)
+            for p in playing:
+                p.step()
+        return [p.episode(name) for p in plays]
+
+    def close(self) -> None:
+        """Free the renderers."""
+        for env in self._envs:
+            env.close()
+
+
+_stage: list[Stage] = []  # of a worker process
+
+
+def _open_stage(runs: dict[bool, Path]) -> None:
+    torch.set_num_threads(1)
+    _stage.append(Stage({prefix: DitaPolicy.from_pretrained(run) for prefix, run in runs.items()}, GROUP, STEPS))
+    Finalize(None, _stage[0].close, exitpriority=10)  # the interpreter's own clean-up comes too late for EGL
+
+
+def _play(cell: tuple[str, int, str, int]) -> list[Episode]:
+    return _stage[0].play(*cell)
+
+
+def play_all(runs: dict[bool, Path]) -> list[Episode]:
+    """Play what is not yet in build/stitching/episodes.*.jsonl, a group at a time, on two cores; return all.
+
+    Other weights, and other settings of this row, have another file. A group is whole or played again: its rows share
+    policy calls, and kernels round differently at other sizes.
+    """
+    weights = {str(prefix): identity(DitaPolicy.from_pretrained(run)) for prefix, run in runs.items()}
+    asked = canonical_json({"weights": weights, "group": GROUP, "steps": STEPS, "executed": EXECUTED})
+    path = BUILD / f"episodes.{hashlib.sha256(asked.encode()).hexdigest()[:12]}.jsonl"
+    cells = [(name, delay, task, FIRST_SEED + first)
+             for task in TASKS for first in range(0, STARTS, GROUP) for name in MODES for delay in DELAYS]  # fmt: skip
+    found: dict[tuple[str, int, str, int], Episode] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.endswith("}"):  # the last one may be cut
+            e = Episode(**json.loads(line))
+            found[e.name, e.delay, e.task, e.seed] = e
+
+    def whole(cell: tuple[str, int, str, int]) -> bool:
+        return all((*cell[:3], cell[3] + i) in found for i in range(GROUP))
+
+    todo = [cell for cell in cells if not whole(cell)]
+    print(f"stitching: {len(cells) - len(todo)} of {len(cells)} groups are in {path}", flush=True)
+    spawn = multiprocessing.get_context("spawn")
+    with path.open("a") as lines, ProcessPoolExecutor(WORKERS, spawn, _open_stage, (runs,)) as pool:
+        lines.write("\n")  # behind a line that was cut
+        groups = pool.map(_play, todo)
+        for episodes in track(groups, "stitching", total=len(todo)):
+            lines.write("".join(canonical_json(asdict(e)) + "\n" for e in episodes))
+            lines.flush()
+            found.update({(e.name, e.delay, e.task, e.seed): e for e in episodes})
+    return [found[*cell[:3], cell[3] + i] for cell in cells for i in range(GROUP)]
+
+
+def train_policies(overrides: Sequence[str] = (), episodes: int = 60) -> dict[bool, Path]:
+    """Collect and train once, into build/; return the run folders with and without committed prefixes.
+
+    The two differ in nothing else. A policy that was trained with prefixes has hardly seen its first actions without
+    one, so the modes that give none, and the training-free one, get a policy of their own.
+    """
+    store, runs = BUILD / "demonstrations.zarr", {True: BUILD / "with_prefix", False: BUILD / "without_prefix"}
+    commands = [["collect", f"out={store}", f"env.tasks=[{','.join(TASKS)}]", f"episodes={episodes}", "--resume"]]
+    for prefix, run in runs.items():
+        slots = f"policy.max_committed_slots={COMMITTED if prefix else 0}"
+        commands.append(["train", "experiment=demo", f"data.stores=[{{path:{store},weight:1}}]", f"run={run}",
+                         f"policy.chunk_size={CHUNK}", slots, *RECIPE, *overrides, "--resume"])  # fmt: skip
+    for command in commands:
         print("$ dita", *command, flush=True)
         subprocess.run([sys.executable, "-m", "dita.cli", *command], check=True, cwd=ROOT)
-    return run
+    return runs
 
 
 def made_up(spec: EmbodimentSpec, config: PolicyConfig) -> DitaPolicy:
@@ -413,62 +574,69 @@ def made_up(spec: EmbodimentSpec, config: PolicyConfig) -> DitaPolicy:
 
 
 def stitching(tier: str) -> list[Case]:
-    """Row 9: a closed loop in Meta-World with every chunk late by an injected delay, once per mode."""
+    """Row 9: a closed loop in Meta-World with every chunk late by an injected delay, once per mode.
+
+    The full tier goes on where it stopped: demonstrations, training and episodes are kept in build/stitching.
+    """
     torch.set_num_threads(1)
-    full = tier == "full"
-    if full:
-        policy = DitaPolicy.from_pretrained(train_policy())
+    spec = load_embodiment("metaworld_sawyer")
+    if tier == "full":
+        runs = train_policies()
+        policies = {prefix: DitaPolicy.from_pretrained(run) for prefix, run in runs.items()}
+        episodes, delays, pairs = play_all(runs), DELAYS, 20
     else:
-        config = compose("train", ["policy=dita_tiny"], TrainConfig).policy
-        policy = made_up(
-            load_embodiment("metaworld_sawyer"), replace(config, chunk_size=CHUNK, max_committed_slots=COMMITTED)
-        )
-    sessions = {True: PolicySession(policy), False: PolicySession(without_prefix(policy))}
-    steps, episodes, delays = (300, 20, (0, 4, 8, 12, 16, 20, 24)) if full else (24, 1, (0, 8))
-    env = make(EnvConfig("metaworld", "metaworld_sawyer", TASKS, steps, True), TASKS[0])
-    seams = {(name, d): Seam() for name in MODES for d in delays}
-    try:
-        for e in range(episodes):
-            for (name, delay), seam in seams.items():
-                mode, trained = MODES[name]
-                task = TASKS[e % len(TASKS)]
-                play(env, sessions[trained], mode, trained, delay, task, FIRST_SEED + e // len(TASKS), steps, seam)
-            if full:
-                print(f"stitching: episode {e + 1} of {episodes}", flush=True)
-    finally:
-        env.close()
-    if full:
-        write_page(seams, delays, env.embodiment.action_dt, episodes)
-    cost = _prefix_cost(sessions[True], env.embodiment, 10 if full else 2)
-    return [*_seam_cases(seams, [d for d in delays if d <= CHUNK // 2]), *cost]
+        config = replace(compose("train", ["policy=dita_tiny"], TrainConfig).policy, chunk_size=CHUNK)
+        policies = {p: made_up(spec, replace(config, max_committed_slots=COMMITTED * p)) for p in (True, False)}
+        stage, delays, pairs = Stage(policies, 2, 24), (0, 8), 2
+        episodes = [e for name in MODES for d in delays for e in stage.play(name, d, TASKS[0], FIRST_SEED)]
+        stage.close()
+    seams = seams_by_cell(episodes)
+    if tier == "full":
+        write_page(seams, spec.action_dt)
+    cost = [case for name in ("rtc, trained", "rtc, training-free")
+            for case in _prefix_cost(name, PolicySession(policies[MODES[name][1]]), spec, pairs)]  # fmt: skip
+    return [*_seam_cases(seams, delays), *cost]
+
+
+def seams_by_cell(episodes: Sequence[Episode]) -> dict[tuple[str, int], Seam]:
+    """Group episodes by (mode, delay)."""
+    cells: dict[tuple[str, int], list[Episode]] = {}
+    for e in episodes:
+        cells.setdefault((e.name, e.delay), []).append(e)
+    return {cell: Seam(rows) for cell, rows in cells.items()}
 
 
 def _seam_cases(seams: dict[tuple[str, int], Seam], delays: Sequence[int]) -> list[Case]:
-    late = [d for d in delays if d > 0]
-    naive = max(seams["naive switch", d].jump for d in late)
+    def worst(name: str, among: Sequence[int]) -> tuple[float, float, float]:
+        met = [jump for d in among if not math.isnan((jump := seams[name, d].jump)[0])]
+        assert met, f"no two chunks of {name} met"
+        return max(met)
+
     table = {name: {d: seams[name, d].to_dict() for d in delays} for name in MODES}
-    cases = []
+    far, naive, cases = max(delays), worst("naive switch", delays)[0], []
     for name in ("ensembling", "rtc, trained", "rtc, training-free"):
-        worst = max(seams[name, d].jump for d in late)
+        most, low, high = worst(name, delays)
+        late = worst(name, [d for d in delays if d])[0]
+        note = (f"stitching: {name}, worst jump over delays of {min(delays)}..{far} steps {most:.2f} in-chunk medians "
+                f"(95 % {low:.2f} .. {high:.2f}), {late:.2f} without the delay 0, which has no prefix")  # fmt: skip
         goal = "rtc" in name
         cases.append(
-            Case(f"worst jump over delays, {name}, against a naive switch", worst, naive, "x in-chunk median",
-                 naive / max(worst, 1e-9), "<= 1.5 in-chunk medians" if goal else "reported",
-                 worst <= 1.5 if goal else None, f"stitching: delays 1..{max(late)} steps, {name} and naive switch",
-                 {"delays": table[name], "naive": table["naive switch"]})
+            Case(f"worst jump over delays, {name}, against a naive switch", most, naive, "x in-chunk median",
+                 naive / max(most, 1e-9), "<= 1.5 in-chunk medians" if goal else "reported",
+                 most <= 1.5 if goal else None, note, {"delays": table[name], "naive": table["naive switch"]})
         )  # fmt: skip
-    far = max(late)
     for name in ("rtc, trained", "rtc, training-free", "ensembling", "synchronous"):
-        ours, peer = (seams[n, far] for n in (name, "naive switch"))
-        a, b = ours.successes / ours.episodes, peer.successes / peer.episodes
+        (a, n, low, high), (b, m, _, _) = (seams[x, far].success for x in (name, "naive switch"))
         cases.append(
-            Case(f"success at {far} steps of delay, {name}, against a naive switch", a, b, "", a / b if b else None,
-                 "reported", None, f"stitching: success of {ours.episodes} episodes at the longest delay")
+            Case(f"success at {far} steps of delay, {name}, against a naive switch", a / n, b / m, "",
+                 a * m / (b * n) if b else None, "reported", None,
+                 f"stitching: {name}, {a} of {n} starts at {far} steps (95 % {low:.2f} .. {high:.2f})",
+                 {"delays": table[name]})
         )  # fmt: skip
     return cases
 
 
-def _prefix_cost(session: PolicySession, spec: EmbodimentSpec, pairs: int) -> list[Case]:
+def _prefix_cost(name: str, session: PolicySession, spec: EmbodimentSpec, pairs: int) -> list[Case]:
     rng = np.random.default_rng([0, 9])
     camera, count = spec.cameras[0], iter(range(10**6))
     low, high = (np.concatenate([getattr(f, k) for f in spec.state]) for k in ("low", "high"))
@@ -499,40 +667,80 @@ def _prefix_cost(session: PolicySession, spec: EmbodimentSpec, pairs: int) -> li
     begin = frames[1].stamp
     stitcher.published(Chunk(begin, spec.action_dt, np.zeros((CHUNK, 3)), np.ones(CHUNK)), begin)
     found = interleave(lambda: tick(RTC), lambda: tick(COMPENSATED), pairs, warm_up=3)
-    case = found.case("a tick with committed prefix, against one without", round(1 / 1.05, 3))
-    note = case.note or f"stitching: a prefix costs {found.ours / found.peer - 1:+.1%} of a tick"
+    case = found.case(f"a tick with 8 committed steps, {name}, against one without", round(1 / 1.05, 3))
+    note = case.note or f"stitching: {name}, a prefix costs {1 / found.ratio - 1:+.1%} of a tick"
     return [replace(case, goal="<= 5 % more", note=note)]
 
 
-def write_page(seams: dict[tuple[str, int], Seam], delays: Sequence[int], dt: float, episodes: int) -> None:
-    """Draw success and jerk against latency, and tabulate them with intervals, into docs/evidence."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    success, jerk = figure.subplots(1, 2)
-    at = [1e3 * d * dt for d in delays]
-    for name in MODES:
-        row = [seams[name, d] for d in delays]
-        success.plot(at, [s.successes / s.episodes for s in row], marker="o", label=name)
-        jerk.plot(at, [median(s.jerks) if s.jerks else math.nan for s in row], marker="o", label=name)
-    success.set(xlabel="injected latency [ms]", ylabel="success", ylim=(-0.03, 1.03))
-    jerk.set(xlabel="injected latency [ms]", ylabel="median jerk where chunks meet [m/s³]", yscale="log")
-    success.legend(fontsize=8)
-    figure.savefig(PAGE / "stitching.png", dpi=120)
+def write_page(seams: dict[tuple[str, int], Seam], dt: float, folder: Path = PAGE) -> None:
+    """Draw success and jump against latency, and tabulate them with intervals; cells without episodes are left out."""
+    draw(seams, dt, folder / "stitching.png")
+    counts = sorted({len(s.episodes) for s in seams.values()})
     lines = [
         "# Chunks under injected latency", "",
-        f"`make bench ROWS=stitching`: {episodes} unseen starts of {', '.join(TASKS)} per cell, one trained policy "
-        f"(chunk of {CHUNK} steps of {1e3 * dt:g} ms), simulated time. Success with its 95 % Wilson interval; jump and "
-        "jerk where a chunk takes over, in medians within chunks; steps without an action.", "",
-        "![success and jerk against latency](stitching.png)", "",
-        "| mode | latency [ms] | success | 95 % interval | jump | jerk | underruns |", "|---|---|---|---|---|---|---|",
+        f"`make bench ROWS=stitching`: {' to '.join(map(str, counts))} unseen starts per cell, of {' and '.join(TASKS)}"
+        f" in equal parts, at most {STEPS} steps of {1e3 * dt:g} ms each, in simulated time; chunks of {CHUNK} steps, "
+        f"the next one asked for after {EXECUTED}, or as soon as the last one came. `rtc, trained` runs a policy that "
+        f"was trained with committed prefixes of up to {COMMITTED} steps; all other modes run one that was trained the "
+        "same way without them. At 0 ms nothing is committed, so there RTC is a naive switch and the rows compare the "
+        "two policies.", "",
+        "Success with its 95 % Wilson interval; jump: the median change of the commanded step where a chunk takes over "
+        "or ends, in medians within chunks, with a 95 % bootstrap interval over episodes; jerk likewise, and its "
+        "median at seams; steps without an action; mean length of an episode.", "",
+        "![success, jump and jerk against latency](stitching.png)", "",
+        "| mode | latency [ms] | success | 95 % | jump | 95 % | jerk | jerk [m/s³] | underruns | steps |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name in MODES:
-        for d in delays:
-            s = seams[name, d]
-            low, high = wilson(s.successes, s.episodes)
-            lines.append(f"| {name} | {1e3 * d * dt:g} | {s.successes}/{s.episodes} | {low:.2f} .. {high:.2f} | "
-                         f"{s.jump:.2f} | {s.jerk:.2f} | {s.underruns} |")  # fmt: skip
-    (PAGE / "stitching.md").write_text("\n".join(lines) + "\n")
+        for d in sorted(d for n, d in seams if n == name):
+            seam = seams[name, d]
+            wins, n, low, high = seam.success
+            jump, least, most = seam.jump
+            values = seam.to_dict()
+            jerk = "-" if values["jerk_m_s3"] is None else f"{values['jerk_m_s3']:.0f}"
+            lines.append(
+                f"| {name} | {1e3 * d * dt:g} | {wins}/{n} | {low:.2f} .. {high:.2f} | {jump:.2f} | {least:.2f} .. "
+                f"{most:.2f} | {seam.ratio('jerks', 'jerks_inside')[0]:.2f} | {jerk} | {values['underruns']} | "
+                f"{values['mean_steps']:.0f} |"
+            )
+    text = "\n".join(lines).replace("nan .. nan", "-").replace(" nan ", " - ")  # no two chunks met
+    (folder / "stitching.md").write_text(text + "\n")
+
+
+def draw(seams: dict[tuple[str, int], Seam], dt: float, path: Path) -> None:
+    """Draw success, jump and jerk against latency, intervals as whiskers, modes side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    success, jump, jerk = figure.subplots(1, 3)
+    for i, (name, colour) in enumerate(zip(MODES, COLOURS, strict=True)):
+        row = [(1e3 * d * dt + 6 * (i - 2), seams[name, d]) for d in sorted(d for n, d in seams if n == name)]
+        if not row:
+            continue
+        at = [x for x, _ in row]
+        style = {"marker": "o", "markersize": 4, "linewidth": 1.4, "color": colour, "label": name, "capsize": 2}
+        rates = [(wins / n, low, high) for wins, n, low, high in (s.success for _, s in row)]
+        for axes, values in ((success, rates), (jump, [s.jump for _, s in row])):
+            axes.errorbar(at, [v for v, _, _ in values], [[max(0.0, v - low) for v, low, _ in values],
+                          [max(0.0, high - v) for v, _, high in values]], elinewidth=0.8, **style)  # fmt: skip
+        jerk.errorbar(at, [median(s.rows("jerks") or [math.nan]) for _, s in row], **style)
+    jump.axhline(1.5, color="0.4", linestyle="--", linewidth=1)
+    jump.annotate("goal", (1.0, 1.5), (3, 0), ("axes fraction", "data"), "offset points", fontsize=8, va="center")
+    success.set(title="success", ylim=(-0.03, 1.03))
+    jump.set(title="jump where chunks meet\n[medians within chunks]", yscale="log")
+    jerk.set(title="median jerk where chunks meet\n[m/s³]", yscale="log")
+    for axes in (jump, jerk):
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    for axes in (success, jump, jerk):
+        axes.set_xticks([1e3 * d * dt for d in sorted({d for _, d in seams})])
+        axes.set_xlabel("injected latency [ms]")
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*success.get_legend_handles_labels(), loc="outside lower center", ncols=len(MODES), frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Software": None})

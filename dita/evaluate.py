@@ -30,7 +30,10 @@ from dita.statistics import Rate, bootstrap_macro, macro, rate
 from dita.types import ActionChunk, EmbodimentSpec, RawObservation
 
 RULE = "success at any step, which ends the episode; warnings of the simulator and actions that are not finite fail it"
-PACKAGES = ("dita", "torch", "numpy", "mujoco", "metaworld", "gymnasium", "diffusers", "transformers")
+PACKAGES = (
+    *("dita", "torch", "numpy", "mujoco", "gymnasium", "diffusers", "transformers"),
+    *("metaworld", "robosuite", "gym-aloha", "gymnasium-robotics"),
+)
 # what may change between an interrupted evaluation and its continuation
 FREE = ("out", "n_envs", "threads", "device", "videos", "episodes")
 

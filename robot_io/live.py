@@ -118,11 +118,18 @@ class Children:
         self.close()
 
 
-COMMANDS = {"pose": m.POSE, "joint_trajectory": m.JOINT_TRAJECTORY, "position_array": m.ARRAY}  # what can be judged
+COMMANDS = {  # what can be judged
+    "pose": m.POSE,
+    "twist": m.TWIST,
+    "joint_trajectory": m.JOINT_TRAJECTORY,
+    "position_array": m.ARRAY,
+}
 
 
 def command_of(robot: Robot, message: Any, arrived: float) -> Tuple[float, np.ndarray]:
-    """Return when a command is for [s] and the configuration that it asks for; an array has no stamp but its arrival.
+    """Return when a command is for [s] and the configuration that it asks for, or the twist [m/s, rad/s].
+
+    An array has no stamp but its arrival.
 
     Raises:
         ValueError: a trajectory of other joints.
@@ -134,6 +141,9 @@ def command_of(robot: Robot, message: Any, arrived: float) -> Tuple[float, np.nd
         if sorted(names) != sorted(robot.driver.joints) or len(values) != len(names):
             raise ValueError(f"a command for {names}, the robot has {list(robot.driver.joints)}")
         return m.stamp_of(message), np.array([values[names.index(name)] for name in robot.driver.joints], float)
+    if robot.driver.command == "twist":
+        linear, angular = m.twist_from_ros(message)
+        return m.stamp_of(message), np.concatenate([linear, angular]) if robot.space.rotation else linear
     position, quaternion = m.pose_from_ros(message)
     return m.stamp_of(message), np.concatenate([position, quaternion]) if robot.space.rotation else position
 
@@ -144,11 +154,12 @@ class EnvelopeReader:
     Divided differences: the k-th one of a path, times k!, is the k-th derivative at some time in between (mean value
     theorem), so a path inside the limits passes at any spacing of its samples. The bounds are widened by what the
     stamps' resolution does to them. Rotations are taken as rotation vectors from a sample in the middle, whose
-    derivatives differ from the true ones by half the angle between samples: 2 % is allowed for it.
+    derivatives differ from the true ones by half the angle between samples: 2 % is allowed for it. Twists are the first
+    derivative themselves and say nothing about the workspace: the measured position does.
     """
 
-    def __init__(self, space: Space, bounds: Bounds) -> None:
-        self.space, self.bounds = space, bounds
+    def __init__(self, space: Space, bounds: Bounds, twists: bool = False) -> None:
+        self.space, self.bounds, self.twists = space, bounds, twists
         self.commands, self.non_finite, self.gaps = 0, 0, 0
         self.violations: Counter = Counter(speed=0, acceleration=0, jerk=0, workspace=0)
         self.peaks = {"speed": 0.0, "acceleration": 0.0, "jerk": 0.0}  # of any group, in its own unit
@@ -156,7 +167,7 @@ class EnvelopeReader:
         self._slack = np.array([2e-2 if name == "rotation" else 1e-3 for name in bounds.names])
 
     def take(self, stamp: float, x: np.ndarray) -> None:
-        """Take one command: its time [s] and configuration."""
+        """Take one command: its time [s] and configuration, or twist."""
         self.commands += 1
         if not np.all(np.isfinite(x)):
             self.non_finite += 1
@@ -165,7 +176,7 @@ class EnvelopeReader:
             self._samples.clear()
             self.gaps += 1
         self._samples.append((stamp, x))
-        n = self.space.linear
+        n = 0 if self.twists else self.space.linear
         inside = np.all(x[:n] >= self.bounds.low[:n]) and np.all(x[:n] <= self.bounds.high[:n])
         self.violations["workspace"] += not inside
         limits = (self.bounds.speed, self.bounds.acceleration, self.bounds.jerk)
@@ -189,7 +200,10 @@ class EnvelopeReader:
         samples = list(self._samples)[-order - 1 :]
         times = [stamp - samples[0][0] for stamp, _ in samples]
         middle = samples[len(samples) // 2][1]
-        values = [self.space.difference(x, middle) for _, x in samples]
+        if self.twists:
+            order, times, values = order - 1, times[1:], [x for _, x in samples[1:]]
+        else:
+            values = [self.space.difference(x, middle) for _, x in samples]
         for k in range(1, order + 1):
             values = [(b - a) / (times[i + k] - times[i]) for i, (a, b) in enumerate(pairwise(values))]
         return math.factorial(order) * self.bounds.norms(values[0])
@@ -239,8 +253,8 @@ class Judge:
         self.contract = m.json_from_ros(message)
         self.robot = self._own or parse_robot(self.contract["embodiment"])
         assert self.robot.bounds is not None
-        self.envelope = EnvelopeReader(self.robot.space, self.robot.bounds)
         driver = self.robot.driver
+        self.envelope = EnvelopeReader(self.robot.space, self.robot.bounds, driver.command == "twist")
         if driver.command not in COMMANDS:
             raise ValueError(f"commands as {driver.command} cannot be judged; there are {', '.join(COMMANDS)}")
         qos = replace(COMMAND, depth=QUEUE)
@@ -467,7 +481,7 @@ def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[s
         "teleop": {"embodiment": guards_file(config), "instruction": config.instruction or ""},
         "operator": {"embodiment": guards_file(config), "command": config.command},
     }
-    shared = set(values["policy"]) - {"interval"}
+    shared = ("checkpoint", "seed", "num_inference_steps", "device", "precision", "path", "slop", "max_age")
     values["preflight"] = {
         **{name: values["policy"][name] for name in shared},
         "embodiment": guards_file(config),

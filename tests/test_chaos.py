@@ -5,17 +5,19 @@ import math
 import time
 from collections import deque
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks import chaos
-from benchmarks.chaos_nodes import ROBOTS, Change, Circle, Reader
+from benchmarks.chaos_nodes import PANDA_START, ROBOTS, Change, Circle, PhysicalEnv, Reader
 from robot_io import messages as m
 from robot_io.bus_dds import message
 from robot_io.core.limits import parse_robot
 from robot_io.core.space import exponential
 from robot_io.live import EnvelopeReader, command_of
+from robot_io.nodes.guard import load_robot
 
 TICK = 1 / 160
 
@@ -70,6 +72,11 @@ def test_joint_names_break_in_every_way(how, names):
     assert dict(zip(broken.name, broken.position, strict=True)).get("b") == 2.0
 
 
+def test_swapped_names_give_each_value_to_another_joint():
+    (broken,) = passed({"names": "swap"}, [m.joints_to_ros(message, 0.0, {"a": 1.0, "b": 2.0})])
+    assert m.joints_from_ros(broken) == {"a": 2.0, "b": 1.0}
+
+
 @pytest.mark.parametrize("name", ROBOTS)
 def test_rule_keeps_every_robot_at_a_steady_speed(name):
     bus = SimpleNamespace(order={}, applied=lambda what: None)
@@ -78,13 +85,24 @@ def test_rule_keeps_every_robot_at_a_steady_speed(name):
     values = circle.predict([SimpleNamespace(state=np.array([*x, 0.5]), stamp=3.0)], seed=0).values
     motion = values[:, robot.action_slice(robot.motion)]
     steps = motion if robot.motion.mode == "delta" else np.diff(motion, axis=0)
-    np.testing.assert_allclose(np.linalg.norm(steps, axis=1), circle.orbit.speed * 0.0125, rtol=0.01)
+    np.testing.assert_allclose(np.linalg.norm(steps, axis=1), circle.orbit.speed * robot.action_dt, rtol=0.01)
     bus.order = {"predict": {"bad": "inf", "step": 5, "dim": 1}}
     values = circle.predict([SimpleNamespace(state=np.array([*x, 0.5]), stamp=3.0)], seed=0).values
     assert np.isinf(values[5, 1]) and np.isfinite(np.delete(values, 5, axis=0)).all()
 
 
 # --- what the reader sees
+
+
+def test_counters_of_an_earlier_fault_do_not_name_a_later_one():
+    reader = Reader.__new__(Reader)
+    reader.texts, reader._counted = deque(), {}
+    for late in (1, 1, 2):
+        values = {"too late": late, "steps": 5}
+        reader._on_diagnostics(m.diagnostics_to_ros(message, 0.0, "guard", 0, "armed", values))
+    assert [text for _, text in reader.texts] == [
+        "guard: armed (too late 1, steps 5)", "guard: armed ()", "guard: armed (too late 2)",
+    ]  # fmt: skip
 
 
 def reader_of(times, positions):
@@ -148,6 +166,67 @@ def test_reader_judges_each_joint_and_each_rotation():
     assert reader.violations["speed"] == 1
 
 
+def test_reader_judges_twists_as_derivatives():
+    robot = parse_robot(ROBOTS["twist"])
+    sent = m.twist_to_ros(message, 2.0, np.array([0.3, 0.0, 0.0]), np.zeros(3), "base_link")
+    stamp, read = command_of(robot, sent, 9.0)
+    assert stamp == 2.0
+    np.testing.assert_array_equal(read, [0.3, 0.0, 0.0])
+    smooth, jump, fast = (EnvelopeReader(robot.space, robot.bounds, twists=True) for _ in range(3))
+    for k in range(20):
+        smooth.take(1e9 + k * TICK, np.array([0.001 * k, 0.0, 0.0]))  # 0.16 m/s2 of 15, anywhere: it is no position
+        jump.take(1e9 + k * TICK, np.array([0.0, 0.0, 0.5 * (k >= 10)]))  # 80 m/s2
+        fast.take(1e9 + k * TICK, np.array([0.0, 1.1, 0.0]))  # of 1.0 m/s
+    assert sum(smooth.violations.values()) == 0 and smooth.peaks["acceleration"] == pytest.approx(0.16, rel=1e-3)
+    assert smooth.speed() == pytest.approx(0.019)
+    assert (jump.violations["acceleration"], jump.violations["jerk"], jump.violations["speed"]) == (1, 2, 0)
+    assert fast.violations["speed"] == 19 and fast.violations["workspace"] == 0
+
+
+def looked(name, configurations):
+    robot = load_robot(ROBOTS[name])[0]
+    reader = Reader.__new__(Reader)
+    reader.robot, reader.clearances = robot, deque()
+    for x in configurations:
+        reader._look(np.array(x, float), "measured")
+    return list(reader.clearances)
+
+
+def test_reader_works_out_how_near_the_arm_is_to_boxes_and_to_itself():
+    beside, inside = looked("boxed", [(0.15, 0.7, 0.3), (0.25, 0.7, 0.3)])
+    assert beside[1] == pytest.approx(0.05) and inside[1] == 0.0 and beside[2] == "measured: keep_out[0]"
+    assert looked("boxed", [(np.nan, 0.7, 0.3)]) == []
+    starts = np.array(PANDA_START)
+    ways = (0.0, "box"), (0.49, "box"), (0.45, "table"), (1.0, "itself")
+    at = [starts + share * np.array(chaos.PANDA_WAYS[way]) for share, way in ways]
+    free, box, table, itself = looked("arm", at)
+    assert free[1] > chaos.NEAR
+    assert box[1] < chaos.MARGIN and box[2] == "measured: panda_hand and keep_out[0]"
+    assert table[1] < chaos.MARGIN and table[2].endswith("keep_out[1]")
+    assert itself[1] < chaos.MARGIN and itself[2] == "measured: panda_link0 and panda_hand"
+
+
+def verdict(**changes):
+    values = {
+        "commands": 9, "violations": {}, "details": [], "non_finite": 0, "measured_outside": 0, "warnings": 0,
+        "clearance": None, "speed": 0.3, "decel_s": None, "still_s": None, "ended_s": None, "queue_s": None,
+        "measured_still_s": 0.0, "state": None, "states": [], "named": {"s": 0.1, "text": "too near"}, "executed": 3,
+        "executed_back": 0, "speeds": [],
+    }  # fmt: skip
+    return {**values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("distance", "problem"), [(0.0101, None), (0.0099, "9.9 mm, measured: a and b"), (0.2, "never came near")]
+)
+def test_arm_that_comes_nearer_than_the_margin_or_was_never_near_is_not_as_promised(distance, problem):
+    expect = chaos.Expect(0.0, "too near", stop=None, near=True)
+    near = {"m": distance, "what": "measured: a and b"}
+    rig: Any = SimpleNamespace(unsafe=False)
+    result = chaos.judge(chaos.ROWS["A23b"], expect, verdict(clearance=near), rig)
+    assert result["ok"] == (problem is None) and (problem is None or problem in result["problems"][0])
+
+
 def test_commands_are_read_by_name_in_every_form():
     robot = parse_robot(ROBOTS["joints"])
     x, names = np.arange(6.0), list(robot.driver.joints)
@@ -157,6 +236,30 @@ def test_commands_are_read_by_name_in_every_form():
     np.testing.assert_array_equal(read, x)
     with pytest.raises(ValueError, match="the robot has"):
         command_of(robot, m.joint_chunk_to_ros(message, 2.0, 0.01, names[:5], x[None, :5], "positions"), 9.0)
+
+
+def test_contacts_of_the_panda_in_mujoco_are_seen():
+    pytest.importorskip("robosuite")
+    env = PhysicalEnv("panda")
+    env.reset(seed=1, options={})
+    free = np.array(PANDA_START)
+    env.drive(free, 1.0, 0.1)
+    assert env.warnings() == {}
+    for share in np.linspace(0, 1, 40):
+        env.drive(free + share * np.array([0, 0.7, 0, 0, 0, 0, 0]), 1.0, 0.02)
+    assert env.warnings()["contacts"] > 0, "it is driven into the table"
+    env.reset(seed=1, options={})
+    assert env.warnings() == {}
+    env.close()
+
+
+@pytest.mark.parametrize("how", chaos.DAMAGE)
+def test_damaged_checkpoints_do_not_load(tmp_path, how):
+    from dita.checkpoint import load_policy
+
+    chaos.broken_checkpoint(tmp_path / "policy", how)
+    with pytest.raises(ValueError, match=chaos.CHECKPOINTS[how]):
+        load_policy(tmp_path / "policy")
 
 
 # --- the table
@@ -179,6 +282,8 @@ def test_page_counts_and_a_control_that_is_not_caught_is_a_failure():
     text = chaos.page(rows, records, "make chaos", 0)
     assert "| A1 | NaN or Inf in an action |" in text and "| 1/2 |" in text and "| A1 | 1/1 | jerk 3 |" in text
     assert chaos.failed(records) == ["A1 #0: no deceleration"]
+    near = record("A2", note="noticed", clearance={"m": 0.0123, "what": "a and b"})
+    assert "noticed: 1; nearest 12.3 mm" in chaos.page(rows, [*records, near], "make chaos", 0)
     records[-1]["violations"] = {}
     assert "control A1: the reader caught nothing" in chaos.failed(records)
 

@@ -105,7 +105,8 @@ def test_libraries_stay_in_their_rooms() -> None:
     rooms = {
         "hydra": {"dita/cli.py"}, "omegaconf": {"dita/cli.py"},
         "zarr": {"dita/datasets/"}, "mujoco": {"dita/envs/", "dita/machine.py", "robot_io/nodes/twin.py"},
-        "metaworld": {"dita/envs/"}, "diffusers": {"dita/policy/diffusion.py", "dita/train.py"},
+        "metaworld": {"dita/envs/"}, "gymnasium_robotics": {"dita/envs/fetch.py"}, "robosuite": {"dita/envs/"},
+        "diffusers": {"dita/policy/diffusion.py", "dita/train.py"},
         "transformers": {"dita/policy/vision.py", "dita/policy/language.py"},
         "h5py": {"dita/datasets/convert/"}, "pyarrow": {"dita/datasets/convert/"},
         "numcodecs": {"dita/datasets/convert/"}, "rosbags": {"dita/datasets/convert/", "robot_io/"},

@@ -28,6 +28,7 @@ from dita.config import TrainConfig
 from dita.embodiment import embodiment_from_dict
 from dita.policy.diffusion import Diffusion, masked_mse
 from dita.policy.model import DitaModel, timestep_embedding
+from dita.policy.policy import Committed
 from dita.policy.transformer import Trunk, block_mask, causal_mask
 from dita.preprocess import Contract
 
@@ -133,6 +134,22 @@ def test_committed_actions_stand_where_the_sequence_says(spec) -> None:
     torch.testing.assert_close(out[0, 0, 2:], model.head(hidden)[0, 4:], atol=2e-6, rtol=0)
     # a row with nothing committed is the published sequence
     torch.testing.assert_close(out[1], denoise(policy, context, x, t, slots)[1], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("count", [[2, 2], [3, 1], [2, 0]])
+def test_trimmed_inference_equals_the_padded_one(spec, attention, count) -> None:
+    policy = make_policy(spec, action_attention=attention, max_committed_slots=3).eval()
+    batch = batch_of(policy, [make_window(spec, 0), make_window(spec, 1)])
+    context, plan = policy.model.context(batch.observation), policy.diffusion.plan(4, policy.device)
+    decided = Committed(batch.actions, torch.tensor(count), torch.zeros(4, *batch.actions.shape))
+    noise, traces = torch.randn(2, 3, 6, 7), ([], [])
+    full, trimmed = (
+        policy.act(context, batch.observation.embodiment, noise, plan, decided, trace, trim)
+        for trace, trim in zip(traces, (False, True), strict=True)
+    )
+    torch.testing.assert_close(trimmed, full, atol=1e-5, rtol=0)
+    assert [t.shape[2] for t in traces[1]] == [6 - min(count)] * 4 and traces[0][0].shape[2] == 6
 
 
 def test_committed_slots_are_shown_clean_and_not_learned(spec, monkeypatch) -> None:

@@ -15,8 +15,15 @@ if TYPE_CHECKING:
     from dita.envs.base import RobotEnv
 
 # suite -> the module that holds `make(config, task) -> RobotEnv` and `TASKS`
-SUITES = {"metaworld": "dita.envs.metaworld", "robosuite": "dita.envs.robosuite"}
-EXTRAS = {"metaworld": "sim-core", "robosuite": "sim"}  # suite -> the extra that installs it
+SUITES = {
+    "aloha": "dita.envs.aloha",
+    "choice": "dita.envs.choice",
+    "fetch": "dita.envs.fetch",
+    "metaworld": "dita.envs.metaworld",
+    "robosuite": "dita.envs.robosuite",
+}
+# suite -> the extra that installs it
+EXTRAS = {"aloha": "sim", "fetch": "sim", "metaworld": "sim-core", "robosuite": "sim"}
 
 
 def make(config: EnvConfig, task: str) -> RobotEnv:

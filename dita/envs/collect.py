@@ -25,6 +25,9 @@ HOLD_STEPS = 10  # recorded after success, so that the policy learns to stay
 NOISE = 2  # purpose of the random numbers that disturb an episode's actions
 NOISE_STEPS = 10  # control steps over which that noise is correlated
 MAX_ATTEMPTS = 10  # per wanted episode
+# [rad] that count as the half range of an absolute joint target, whose own range is all that the joint can reach; an
+# expert that moves on from its last target adds the noise of several steps up
+JOINT_RANGE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,8 @@ def demonstrate(env: RobotEnv, seed: int, action_noise: float) -> Episode | None
     Args:
         env: just reset.
         seed: of the noise.
-        action_noise: std of the noise on the executed action, in half ranges; DART (Laskey et al. 2017). It is
+        action_noise: std of the noise on the executed action, in half ranges (JOINT_RANGE for absolute joint targets);
+            DART (Laskey et al. 2017). It is
             correlated over NOISE_STEPS, so that the hand really leaves the expert's path and the store shows the way
             back; independent noise would average out.
     """
@@ -175,7 +179,10 @@ def _stored(store: StoreWriter, config: CollectConfig, task: str) -> int:
 def _noise_range(spec: EmbodimentSpec) -> Float32[np.ndarray, "a"]:
     # a gripper keeps the expert's grip: noise there drops what it holds
     halves = [(np.array(f.high) - f.low) / 2 * (not f.kind.startswith("gripper")) for f in spec.action]
-    return np.concatenate(halves).astype(np.float32)
+    joints = [f.kind == "joint_position" and f.mode == "absolute" for f in spec.action]
+    return np.concatenate(
+        [np.minimum(half, JOINT_RANGE) if joint else half for half, joint in zip(halves, joints, strict=True)]
+    ).astype(np.float32)
 
 
 def _progress() -> Progress:

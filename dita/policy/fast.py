@@ -252,6 +252,7 @@ class PolicySession:
             self._encoder.load()
         self._plain = policy if path == "compiled" or policy.device.type != "cpu" else self.policy  # for a compiler
         self._cameras = policy.specs[self.embodiment].cameras
+        self._trim = policy.device.type == "cpu" and path in ("auto", "eager")
         self.steps = num_inference_steps or policy.diffusion.config.num_inference_steps
         self._plan = self.policy.diffusion.plan(self.steps, policy.device)
         exact = policy.model.dtype == torch.float32
@@ -361,7 +362,7 @@ class PolicySession:
         return (self.policy.model.see(image, mean),)
 
     def _act_eager(self, visual: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (actions [1 1 n A], the network's output at each step [S 1 1 n A])."""
+        """Return (actions [1 1 n A], the network's output at each step [S 1 1 n A], trimmed ones left out)."""
         image_valid, state, state_valid, embodiment, noise, *kept = rest
         layers = self.policy.config.layers
         instruction, decided = _unflat(kept[: 2 * layers + 2], layers), kept[2 * layers + 2 :]
@@ -370,7 +371,8 @@ class PolicySession:
         context = self.policy.model.observe(observation, instruction, visual)
         trace: list[Tensor] = []
         committed = Committed(*decided) if decided else None
-        return self.policy.act(context, embodiment, noise, self._plan, committed, trace), torch.stack(trace)
+        actions = self.policy.act(context, embodiment, noise, self._plan, committed, trace, self._trim)
+        return actions, torch.stack(trace)
 
     def _paths(self, wanted: str, graphs: GraphDevice | None, name: str) -> list[tuple[Path, Builder]]:
         """Return the builders to try, fastest first."""

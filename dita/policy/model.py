@@ -145,18 +145,22 @@ class DitaModel(nn.Module):
         seen = torch.cat([(count > 0)[:, None], here & valid], dim=1)  # [b 1+m]
         return Context(self._extend(tokens, seen, context.prefix), context.observed, count)
 
-    def suffix(self, context: Context, slot_valid: Bool[Tensor, "b n"], k: int, room: bool = False) -> Suffix:
+    def suffix(
+        self, context: Context, slot_valid: Bool[Tensor, "b n"], k: int, room: bool = False, skip: int = 0
+    ) -> Suffix:
         """Lay out k noise samples per context, packed: positions restart, samples do not see each other.
 
         slot_valid: False for slots past an episode's end; they are never attended to. room: reserve place for the
-        suffix's keys and values, for a denoising loop without gradients.
+        suffix's keys and values, for a denoising loop without gradients. skip: leading slots that are committed in
+        every row and left out; the n are those behind them.
         """
         n, device = slot_valid.shape[1], slot_valid.device
-        positions = context.observed + torch.arange(1 + n, device=device)  # [1+n]
+        slots = torch.arange(skip, skip + n, device=device)  # [n]
+        positions = context.observed + torch.cat([slots.new_zeros(1), 1 + slots])  # [1+n]
         if context.committed is not None:
             # padding of the committed part has no position: tau(0) takes one, tau(t) comes behind its d actions
             d = context.committed[:, None]  # [b 1]
-            slot_valid = slot_valid & (torch.arange(n, device=device) >= d)
+            slot_valid = slot_valid & (slots >= d)
             positions = positions + (d > 0).long()  # [b 1+n]
             positions = torch.cat([positions[:, :1] + d, positions[:, 1:]], dim=1)
         valid = torch.cat([torch.ones_like(slot_valid[:, :1]), slot_valid], dim=1).tile(k)  # [b k(1+n)]

@@ -120,7 +120,8 @@ class DitaPolicy(nn.Module):
     ) -> Float[Tensor, "b k n A"]:
         """Denoise k candidates per observation; the prefix is encoded once."""
         plan = self.diffusion.plan(steps, self.device)
-        return self.act(self.model.context(observation), observation.embodiment, noise, plan, committed)
+        context, trim = self.model.context(observation), self.device.type == "cpu"
+        return self.act(context, observation.embodiment, noise, plan, committed, trim=trim)
 
     @torch.no_grad()
     def act(
@@ -131,26 +132,36 @@ class DitaPolicy(nn.Module):
         plan: Plan,
         committed: Committed | None = None,
         trace: list[Tensor] | None = None,
+        trim: bool = False,
     ) -> Float[Tensor, "b k n A"]:
         """Denoise k candidates per encoded observation: what eager, compiled and graphed inference all run.
 
-        trace: gets the network's output of each step.
+        trace: gets the network's output of each step. trim: neither show rows of a clean prefix that nobody has nor
+        denoise slots that all have decided: a shorter sequence per count, which compilers and graphs would redo.
         """
         b, k, n, _ = noise.shape
-        known = None
+        known, skip = None, 0
         slots = torch.ones(b, n, dtype=torch.bool, device=noise.device)
         if committed is not None and self.config.max_committed_slots:
             most = self.config.max_committed_slots
+            if trim:
+                skip, most = int(committed.count.min()), int(committed.count.max())
             context = self.model.commit(context, committed.values[:, :most], slots[:, :most], committed.count)
         elif committed is not None:
             known = Known(committed.values, _leading(committed.count, n), committed.noise)
-        suffix = self.model.suffix(context, slots, k, room=True)
+        suffix = self.model.suffix(context, slots[:, skip:], k, room=True, skip=skip)
         taus = self.model.time_tokens(plan.times).unbind()  # S times [d]
         x = self.diffusion.sample(
-            lambda x, i: self.model.denoise(x, taus[i], suffix), noise, self.dim_valid[embodiment], plan, known, trace
+            lambda x, i: self.model.denoise(x, taus[i], suffix),
+            noise[:, :, skip:],
+            self.dim_valid[embodiment],
+            plan,
+            known,
+            trace,
         )
         if committed is None:
             return x
+        x = torch.cat([noise[:, :, :skip], x], dim=2)  # places of decided ones
         return torch.where(_leading(committed.count, n)[:, None, :, None], committed.values[:, None], x)
 
     def predict(
