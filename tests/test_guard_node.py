@@ -379,6 +379,17 @@ def test_contract_differences_are_named(change, says):
     assert contract_differences(joint_arm(), {**joint_arm(), "limits": None, "robot": "x"}) == []
 
 
+def test_a_policy_that_joins_an_armed_human_stops_nobody_and_counts_after_disarming():
+    rig = Rig(joint_arm(), contract=False)
+    rig.arm()
+    rig.run(0.05)
+    rig.contract()
+    rig.run(0.05)
+    assert rig.said["state"] == "ARMED" and rig.node.hash == ""
+    rig.disarm().run(0.1)
+    assert rig.arm()["state"] == "ARMED" and rig.node.hash == HASH
+
+
 def test_another_contract_while_armed_is_a_fault_and_counts_after_disarming():
     rig = Rig(joint_arm())
     rig.arm()

@@ -241,8 +241,11 @@ class GuardNode:
         if not isinstance(contract["embodiment"], Mapping):
             raise ValueError("a contract's embodiment is a mapping")
         self._contract = {"embodiment": dict(contract["embodiment"]), "hash": contract["hash"]}
-        if self.guard.state is not State.IDLE and contract["hash"] != self.hash:
-            changed = f"the contract changed from {self.hash[:12] or 'none'} to {contract['hash'][:12]}"
+        if self.guard.state is not State.IDLE and not self.hash:  # armed for a human: its chunks stay refused
+            self._problems[CONTRACT] = "a policy joined after arming; disarm, and it counts"
+            self._show()
+        elif self.guard.state is not State.IDLE and contract["hash"] != self.hash:
+            changed = f"the contract changed from {self.hash[:12]} to {contract['hash'][:12]}"
             self._problems[CONTRACT] = f"{changed}; disarm, and the new one counts"
             self.guard.fault(changed, self.bus.now())
             self.bus.log("error", self._problems[CONTRACT])
