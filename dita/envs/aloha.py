@@ -16,13 +16,13 @@ from typing import Any
 
 import mujoco
 import numpy as np
-from gym_aloha.constants import (
+from gym_aloha.constants import (  # pyright: ignore[reportMissingImports]
     ASSETS_DIR,
     START_ARM_POSE,
     normalize_puppet_gripper_position,
     unnormalize_puppet_gripper_position,
 )
-from gym_aloha.utils import sample_box_pose, sample_insertion_pose
+from gym_aloha.utils import sample_box_pose, sample_insertion_pose  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float32, Float64, UInt8
 from scipy.spatial.transform import Rotation
 

@@ -25,9 +25,9 @@ from dita.envs.experts import fetch_expert
 from dita.types import EmbodimentSpec
 
 with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about environments that are not used here
-    from gymnasium_robotics.envs.fetch.pick_and_place import MujocoFetchPickAndPlaceEnv
-    from gymnasium_robotics.envs.fetch.push import MujocoFetchPushEnv
-    from gymnasium_robotics.envs.fetch.reach import MujocoFetchReachEnv
+    from gymnasium_robotics.envs.fetch.pick_and_place import MujocoFetchPickAndPlaceEnv  # pyright: ignore
+    from gymnasium_robotics.envs.fetch.push import MujocoFetchPushEnv  # pyright: ignore[reportMissingImports]
+    from gymnasium_robotics.envs.fetch.reach import MujocoFetchReachEnv  # pyright: ignore[reportMissingImports]
 
 CLASSES = {"reach": MujocoFetchReachEnv, "push": MujocoFetchPushEnv, "pick-and-place": MujocoFetchPickAndPlaceEnv}
 INSTRUCTIONS = {

@@ -91,7 +91,8 @@ class RobosuiteEnv(RobotEnv):
             **{"gripper": {"type": "GRIP"}, **CONTROLLERS[kind]},
         }
         with _numpy_seeded(MODEL_SEED):
-            self._env = robosuite.make(
+            suite: Any = robosuite  # where it is not installed, pyright takes this very file for it
+            self._env = suite.make(
                 task,
                 robots=self._robot_name,
                 controller_configs={"type": "BASIC", "body_parts": {"right": arm}},
