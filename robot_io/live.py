@@ -492,12 +492,14 @@ def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[s
 
 
 def guards_file(config: "LiveConfig") -> str:
-    """Return the embodiment file that the guard reads by itself."""
-    from dita.embodiment import config_folder
+    """Return the embodiment file that the guard reads by itself.
 
-    name = config.guard_embodiment or config.env.embodiment
-    is_file = name.endswith((".yaml", ".yml", ".json"))
-    return str(Path(name).resolve() if is_file else config_folder() / "embodiment" / f"{name}.yaml")
+    Raises:
+        ValueError: no such file or shipped name; lists the shipped ones.
+    """
+    from dita.embodiment import embodiment_file
+
+    return str(embodiment_file(config.guard_embodiment or config.env.embodiment).resolve())
 
 
 def commands_of(config: "LiveConfig", names: Sequence[str] = TOGETHER, exist: str = "error") -> Dict[str, List[str]]:
