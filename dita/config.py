@@ -343,7 +343,7 @@ class LiveConfig:
     max_age: float  # policy: oldest observation to act on
     replan_interval: float  # policy: least time between two observations to plan from; 0: as fast as it can
     mode: Literal["auto", "synchronous", "latency_compensated", "ensembling", "rtc"]  # how chunks follow each other
-    n_action_steps: int | None  # of a chunk before the next one; None: as few as its delay lets it
+    n_action_steps: int | None  # of a chunk before the next one; None: `replan_interval`, or the checkpoint's
     compressed: bool  # images come as CompressedImage
     num_inference_steps: int | None  # None: the checkpoint's
     device: str  # of the policy

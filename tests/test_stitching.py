@@ -284,6 +284,19 @@ def test_delay_is_the_99th_percentile_in_steps_and_execution_at_least_that():
     assert "a chunk of 16 steps cannot bridge a delay of 9 and 9 steps of execution" in s.problem()
 
 
+@pytest.mark.parametrize(
+    ("late", "wanted", "asked"),
+    [(2, 8, 8), (7, 8, 8), (6, 12, 10), (8, 12, 8), (9, 12, 12), (20, 8, 8)],
+)
+def test_fewer_steps_are_executed_where_the_delay_leaves_no_more_of_a_chunk(late, wanted, asked):
+    s = stitcher("latency_compensated", n_action_steps=wanted)
+    for _ in range(100):
+        s.on_latency(late * DT)
+    assert s.next_stamp(T0, 16) == pytest.approx(T0 + asked * DT)
+    assert bool(s.problem()) == (late > 8), "a delay of more than half a chunk cannot be bridged"
+    assert s.execution == max(late, asked)
+
+
 def test_a_prefix_that_the_policy_cannot_take_is_said():
     s = stitcher("rtc", max_committed=4, past_slots=1, trained=True)
     s.on_latency(3 * DT)

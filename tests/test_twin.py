@@ -505,6 +505,22 @@ def test_a_late_twin_lets_simulated_time_slip():
     assert m.stamp_of(arm.last("/joint_states")) <= arm.bus.now() + 1e-6
 
 
+def test_the_first_picture_of_an_episode_costs_no_simulated_time():
+    arm = Arm(EMBODIMENT)
+    observe = arm.env.observe
+
+    def slowly():  # a renderer that loads the scene
+        arm.bus.time += 0.5
+        arm.env.observe = observe
+        return observe()
+
+    arm.env.observe = slowly
+    arm.twin.reset({"episode": 5, "task": "go", "seed": 0})
+    assert m.stamp_of(arm.last(image_topic(arm.robot.cameras[0]))) == pytest.approx(arm.bus.now())
+    arm.bus.run(0.3)
+    assert arm.report()["slipped_s"] == 0 and arm.report()["real_time_factor"] == 1
+
+
 def test_simulator_warnings_are_said_once():
     arm = Arm(joint_embodiment(2))
     arm.env.warnings = lambda: {"mjWARN_BADQVEL": 3}

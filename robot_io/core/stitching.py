@@ -190,7 +190,8 @@ class Stitcher:
             mode: one of MODES; auto: rtc for a policy that was trained with a committed prefix, else
                 latency_compensated.
             chunk_size: of the policy; None: not known, and not checked.
-            n_action_steps: executed before the next prediction; None: as few as the delay and `interval` let it.
+            n_action_steps: executed before the next prediction, fewer where the delay leaves no more of a chunk; None:
+                as few as the delay and `interval` let it.
             interval: least time between two predictions' observations [s].
             past_slots: actions before the chunk that a committed prefix begins with.
             max_committed: rows of a prefix, past ones included.
@@ -249,7 +250,13 @@ class Stitcher:
     @property
     def execution(self) -> int:
         """Return s, steps from one prediction's observation to the next one's."""
-        return max(1, self.delay, self._wanted)
+        return max(1, self.delay, self._until_next)
+
+    @property
+    def _until_next(self) -> int:
+        left = self._wanted if self._size is None else self._size - self.delay
+        bridged = self.delay <= left  # else asking more often would only take time from who is late already
+        return min(self._wanted, left) if bridged and self.mode != SYNCHRONOUS else self._wanted
 
     def problem(self) -> str:
         """Say why chunks cannot follow each other without a gap, or that a prefix is cut; else ""."""
@@ -294,7 +301,7 @@ class Stitcher:
         """Return the earliest stamp of the next observation, after a chunk with `rows` that was stamped `stamp` [s]."""
         if self.mode == SYNCHRONOUS:
             return stamp + rows * self.robot.action_dt
-        return stamp + self._wanted * self.robot.action_dt
+        return stamp + self._until_next * self.robot.action_dt
 
     def _late(self, stamp: float, now: float) -> int:
         """Return the first step that has not begun by `now`."""

@@ -1,6 +1,7 @@
 """Jerk-limited online tracking of a moving goal (Ruckig: Berscheid and Kroeger, RSS 2021), on any space."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from ruckig import ControlInterface, InputParameter, OutputParameter, Result, Ruckig, Synchronization, Trajectory
@@ -19,7 +20,7 @@ class Motion:
     velocity: np.ndarray
     acceleration: np.ndarray
 
-    @property
+    @cached_property
     def moving(self) -> bool:
         """Whether speed or acceleration are not yet zero."""
         return bool(np.any(np.abs(self.velocity) > 1e-9)) or bool(np.any(np.abs(self.acceleration) > 1e-6))

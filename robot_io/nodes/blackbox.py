@@ -33,7 +33,7 @@ from robot_io.core.black_box import (
 )
 from robot_io.core.limits import Robot
 from robot_io.nodes.guard import load_robot
-from robot_io.nodes.serve import serve
+from robot_io.nodes.serve import be_nice, serve
 from robot_io.nodes.topics import (
     APPROVAL,
     APPROVE,
@@ -492,4 +492,7 @@ def run(*, bus: Mapping[str, Any], embodiment: Any, folder: str, show: Optional[
     if show is not None:
         print("\n".join(timeline(Path(show))))
         return
+    be_nice(10)  # what it draws and writes may wait, a robot may not
+    import matplotlib.backends.backend_agg  # noqa: F401 now: it takes a second, and the first record comes in trouble
+
     serve(BlackBoxNode(open_bus(name="blackbox", **bus), load_robot(embodiment)[0], Path(folder), **values))

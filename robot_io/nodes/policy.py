@@ -461,6 +461,7 @@ def run(
     session = PolicySession(model, embodiment=embodiment, num_inference_steps=num_inference_steps, path=path)
     name = session.embodiment
     state_range, action_range = ranges(model.contract, name)
+    steps = n_action_steps or (None if interval else model.config.n_action_steps)  # as in evaluation
     node = PolicyNode(
         open_bus(name="policy", **bus),
         session,
@@ -474,7 +475,7 @@ def run(
         interval=interval,
         max_skew=max_skew,
         compressed=compressed,
-        stitching={"mode": mode, "n_action_steps": n_action_steps, **stitching_of(model.config)},
+        stitching={"mode": mode, "n_action_steps": steps, **stitching_of(model.config)},
         state_range=state_range,
         action_range=action_range,
         about={

@@ -15,7 +15,7 @@ from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, Bus, Publisher, open_b
 from robot_io.core.limits import Field, parse_robot
 from robot_io.core.space import exponential, logarithm, quaternion_of_6d, rotate
 from robot_io.nodes.inject import Faults
-from robot_io.nodes.serve import serve
+from robot_io.nodes.serve import be_nice, serve
 from robot_io.nodes.topics import (
     BASE_FRAME,
     EPISODE,
@@ -31,11 +31,12 @@ from robot_io.nodes.topics import (
     joint_names,
 )
 
-MAX_CATCH_UP = 20  # steps it may be late before simulated time slips
+LATE_S = 0.05  # that it may be late before simulated time slips: half of what the guard lets a state age
 EXPERT_STEPS = 8  # of its chunks: a late one must not leave the guard without an action
 JUMP = (
     2.0  # a command may move this many times as fast as the action's own limit; the rest is clipped, as a driver does
 )
+LOOKS = 4  # at the clock per step, whose grid begins with the episode and not with the timer
 RUNNING = ("running", "reduced")  # modes in which a driver follows commands
 
 
@@ -103,7 +104,7 @@ class TwinNode:
                 self._teleop.append(bus.publisher(TELEOP_GRIPPER, m.JOINT_TRAJECTORY, COMMAND))
             bus.subscribe(EXECUTED, chunk_type(self.robot), STATE, self._checked(self._on_executed))
         self._follow_mode()
-        bus.timer(self._dt, self._run)
+        bus.timer(self._dt / LOOKS, self._run)
 
     def stop(self) -> None:
         """Leave."""
@@ -138,12 +139,14 @@ class TwinNode:
         self._target, self._target_time, self._executed = None, -np.inf, None
         gripper = self.robot.gripper
         self._closing = np.zeros(0) if gripper is None else 0.5 * (gripper.low + gripper.high)
+        first = self.env.observe()  # before time begins: the first picture of a scene takes half a second
         self._begin, self._start, self._done = self.bus.now(), self.bus.steady(), 0
         counts = ("steps", "clipped", "timeouts", "refused", "ignored")
         self._episode = {**order, **dict.fromkeys(counts, 0), "success": False, "slipped_s": 0.0}
         self._warned = set()
         self._instruction.publish(self.bus.msg(m.STRING, data=self.env.instruction))
-        self._send_images(self._begin)
+        self._send_state(self._begin, first.state)
+        self._send_images(self._begin, first)
         self._demonstrate(self._begin)
 
     # ---- commands
@@ -213,7 +216,7 @@ class TwinNode:
         if not self._episode:
             return
         due = int((self.bus.steady() - self._start) / self._dt + 1e-6)
-        if due - self._done > MAX_CATCH_UP:
+        if (due - self._done) * self._dt > LATE_S:
             late = (due - self._done - 1) * self._dt
             self._begin, self._start = self._begin + late, self._start + late
             self._episode["slipped_s"] += late
@@ -229,10 +232,9 @@ class TwinNode:
         control = self._done % self._per_control == 0
         self._episode["steps"] += commanded and control
         self._episode["success"] = bool(self.env.success)
+        self._send_state(stamp, state)  # before the picture: who pairs the two has it then, and nobody waits for both
         if self._done % self._per_image == 0:
-            self._send_images(stamp)
-        else:
-            self._send_state(stamp, state)
+            self._send_images(stamp, self.env.observe())
         if control:
             self._demonstrate(stamp)
 
@@ -286,9 +288,7 @@ class TwinNode:
 
     # ---- what it says
 
-    def _send_images(self, stamp: float) -> None:
-        observation = self.env.observe()
-        self._send_state(stamp, observation.state)  # first: an image is paired with the state that is there by then
+    def _send_images(self, stamp: float, observation: Any) -> None:
         for camera, publisher in self._images.items():
             publisher.publish(m.image_to_ros(self.bus.msg, stamp, observation.images[camera], camera))
         self._report()
@@ -399,6 +399,7 @@ def run(
     from dita.embodiment import embodiment_to_dict
     from dita.envs import make
 
+    be_nice(-10)  # it stands for a robot, which waits for nobody
     config = from_dict(EnvConfig, env, "env")
     made = make(config, config.tasks[0])
     values = embodiment_to_dict(made.embodiment)
