@@ -86,6 +86,20 @@ def test_what_is_dropped_is_counted_by_source_and_a_flush_by_its_cause():
     assert (s.flushes, s.flushed) == (1, "left went back in time")
 
 
+@pytest.mark.parametrize(("offset", "flushes"), [(-0.02, 0), (-0.04, 0), (-0.1, 1), (-0.5, 1)])
+def test_a_clock_that_is_set_back_by_less_than_the_tolerated_skew_costs_samples_but_no_flush(offset, flushes):
+    s, dt = sync(max_skew=0.05, slop=0.1), 0.01
+    for i in range(20):
+        for source in ("left", "right", "tool"):
+            late = offset if source == "tool" and i >= 10 else 0.0
+            s.offer(source, T0 + i * dt + late, i, now=T0 + i * dt)
+    assert s.flushes == flushes and s.newest("tool") == 19
+    dropped = s.counts["tool is out of order"] + s.counts["tool repeats its stamp"]
+    assert dropped == (0 if flushes else round(-offset / dt)), "until it has caught up with what was seen"
+    if not flushes:
+        assert s.latest(T0 + 19 * dt)[0] == (pytest.approx(T0 + 0.19), dict.fromkeys(("left", "right", "tool"), 19))
+
+
 def test_a_silent_camera_is_named():
     s = sync()
     for source in ("left", "right", "tool"):
@@ -514,6 +528,16 @@ def test_stamps_that_go_back_empty_the_queues_and_say_so(rig):
     assert rig.state["reason"] == "no observation: corner went back in time" and rig.state["reaction"] == "R2"
     assert rig.node._sync.counts["corner went back in time"] == 1
     assert rig.node._sync.newest("/tool_pose") is None
+
+
+def test_stamps_that_go_back_within_the_tolerated_skew_stop_nothing(rig):
+    rig.run(0.1)
+    before = rig.node._sync.newest("/tool_pose")
+    rig.measure(0.3, stamp=rig.bus.now() - 0.02)
+    rig.check()
+    assert rig.state["ok"] and rig.node._sync.flushes == 0 and rig.node._sync.newest("/tool_pose") is before
+    rig.run(0.1)
+    assert rig.state["ok"]
 
 
 def test_topics_that_are_out_of_step_are_named(rig):

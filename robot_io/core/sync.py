@@ -23,7 +23,7 @@ class Synchronizer:
             others: the fast ones, of which the nearest sample is taken.
             slop: largest spread of the stamps in one observation [s].
             max_age: oldest instant that is still an observation [s].
-            max_skew: how far in the future a stamp may be [s].
+            max_skew: how far in the future a stamp may be, and how far one that is out of order may be back [s].
         """
         if not pacers:
             raise ValueError("an observation needs at least one camera")
@@ -34,7 +34,10 @@ class Synchronizer:
         self.flushes, self.flushed = 0, ""  # how often every queue was emptied, and why the last time
 
     def offer(self, source: str, stamp: float, value: Any, now: Optional[float] = None) -> Optional[str]:
-        """Take a sample; return why it was dropped, if it was. A stamp that goes back empties every queue."""
+        """Take a sample; return why it was dropped, if it was.
+
+        One that is older than the last is dropped; by more than `max_skew`, a clock went back: every queue is emptied.
+        """
         queue = self._samples[source]
         if now is not None:
             self._future.pop(source, None)
@@ -43,6 +46,8 @@ class Synchronizer:
                 return self._drop(f"{source} is stamped in the future")
         if queue and stamp == queue[-1][0]:
             return self._drop(f"{source} repeats its stamp")
+        if queue and 0 < queue[-1][0] - stamp <= self._max_skew:
+            return self._drop(f"{source} is out of order")  # as clocks may differ: what follows will be later again
         if queue and stamp < queue[-1][0]:
             self.clear()  # a clock went back: nothing is paired across the jump
             self.flushes, self.flushed = self.flushes + 1, self._drop(f"{source} went back in time")
