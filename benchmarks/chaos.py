@@ -492,7 +492,7 @@ def refused_checkpoint(trial: Trial) -> Expect:
     t0, problems = time.monotonic(), []
     with tempfile.TemporaryDirectory() as at:
         broken_checkpoint(Path(at) / "policy", trial.variant)
-        robot = "metaworld_sawyer" if trial.variant in DAMAGE else "pusht"
+        robot = robot_file(Path(at), trial.variant)
         domain = trial.rig.domain_id + DOMAINS  # not where the rig is
         arguments = [f"checkpoint={at}/policy", f"env.embodiment={robot}", f"domain_id={domain}", "bus=dds"]
         command = [sys.executable, "-m", "dita.cli", "robot", "policy", *arguments]
@@ -530,6 +530,30 @@ def broken_checkpoint(folder: Path, how: str) -> None:
         data = path.read_bytes()
         files["files"]["contract.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         listed.write_text(json.dumps(files))
+
+
+def robot_file(folder: Path, how: str) -> str:
+    """Return the robot that the checkpoint is tried on: a name, or a file of the same name with other values."""
+    if how not in OTHERS:
+        return "metaworld_sawyer" if how in DAMAGE else "pusht"
+    from dita.embodiment import embodiment_file
+
+    values = yaml.safe_load(embodiment_file("metaworld_sawyer").read_text())
+    OTHERS[how](values)
+    path = folder / "robot.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def other_dims(robot: dict[str, Any]) -> None:
+    """Give the first action one value more."""
+    first = robot["action"][0]
+    first |= {"size": first["size"] + 1, "low": [*first["low"], -1.0], "high": [*first["high"], 1.0]}
+
+
+def other_camera(robot: dict[str, Any]) -> None:
+    """Call the first camera something else."""
+    robot["cameras"][0]["name"] = "elsewhere"
 
 
 def scale_std(stats: dict[str, Any]) -> None:
@@ -882,7 +906,10 @@ TOWARD = {
     "boxed": {"box": (1, 0, 0), "table": (1, 0.2, 0), "itself": (1, 0, 0.2), "limit": (0, 0, 1)},
 }  # fmt: skip
 DAMAGE = {"statistics": scale_std, "statistics and manifest": scale_std, "key and manifest": delete_key}
+OTHERS = {"same name, other dims": other_dims, "same name, other camera": other_camera}
 CHECKPOINTS = {  # variant -> what must be named
+    "same name, other dims": r"action\.\w+\.size is 3 for the policy and 4 here",
+    "same name, other camera": r"cameras\.\w+\.name is '\w+' for the policy and 'elsewhere' here",
     "statistics": r"contract\.json", "statistics and manifest": "contract hash", "key and manifest": "contract hash",
     "another arm": "pusht",
 }  # fmt: skip
@@ -916,7 +943,7 @@ ROWS = {row.id: row for row in (
     Row("A13", "gripper the other way round", "FAULT; refuse to arm", a13, variants=("start", "sudden")),
     Row("A14", "another robot's policy", "refuse to arm, name the field", a14, variants=(
         {"name": "other_arm"}, {"action_dt": 0.02}, {"cameras": ROBOTS["point"]["cameras"][::-1]},
-        "another arm",
+        "another arm", *OTHERS,
     )),
     Row("A15", "policy killed", "R2, R3", a15, robots=(*BOTH, "twist")),
     Row("A16", "policy hangs", "R2, R3", a16, variants=("stopped", "loop")),

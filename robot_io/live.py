@@ -441,7 +441,7 @@ def arguments_of(config: "LiveConfig", exist: str = "error") -> Dict[str, Dict[s
         },
         "policy": {
             "checkpoint": config.checkpoint,
-            "embodiment": config.env.embodiment,
+            "embodiment": guards_file(config),
             "seed": config.seed,
             "num_inference_steps": config.num_inference_steps,
             "device": config.device,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from collections import deque
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from robot_io.bus_dds import message
 from robot_io.core.limits import parse_robot
 from robot_io.core.space import exponential
 from robot_io.live import EnvelopeReader, command_of
+from robot_io.nodes import main
 from robot_io.nodes.guard import load_robot
 
 TICK = 1 / 160
@@ -260,6 +262,25 @@ def test_damaged_checkpoints_do_not_load(tmp_path, how):
     chaos.broken_checkpoint(tmp_path / "policy", how)
     with pytest.raises(ValueError, match=chaos.CHECKPOINTS[how]):
         load_policy(tmp_path / "policy")
+
+
+@pytest.mark.parametrize("how", chaos.OTHERS)
+def test_checkpoint_of_a_robot_of_the_same_name_is_refused_by_field_before_anybody_joins_the_graph(
+    tmp_path, how, capsys, monkeypatch
+):
+    def joined(*_, **__):
+        raise AssertionError("it has joined the graph")
+
+    monkeypatch.setattr("robot_io.nodes.policy.open_bus", joined)
+    chaos.broken_checkpoint(tmp_path / "policy", how)
+    live = {"seed": 0, "device": "cpu", "precision": "fp32", "path": "eager", "slop": 0.033, "max_age": 0.15}
+    values = {"bus": {}, "checkpoint": str(tmp_path / "policy"), "num_inference_steps": None, "interval": 0.0, **live}
+    robot = chaos.robot_file(tmp_path, how)
+    assert main(["policy", json.dumps({**values, "embodiment": robot})]) == 1
+    said = capsys.readouterr().err
+    assert re.search(chaos.CHECKPOINTS[how], said) and said.count("\n") == 1 and robot in said
+    with pytest.raises(AssertionError, match="joined"):  # its own robot
+        main(["policy", json.dumps({**values, "embodiment": "metaworld_sawyer"})])
 
 
 # --- the table

@@ -14,6 +14,7 @@ from robot_io.core.space import logarithm, rotate
 from robot_io.core.state_machine import State
 from robot_io.core.stitching import Stitcher
 from robot_io.core.sync import FrozenCameras, Synchronizer
+from robot_io.nodes.guard import contract_differences
 from robot_io.nodes.serve import serve
 from robot_io.nodes.topics import (
     BASE_FRAME,
@@ -448,18 +449,32 @@ def run(
     max_skew: float = 0.05,
     compressed: bool = False,
 ) -> None:
-    """Run a checkpoint's policy until it is stopped; arguments as in `PolicyNode` and `Stitcher`."""
+    """Run a checkpoint's policy until it is stopped; other arguments as in `PolicyNode` and `Stitcher`.
+
+    Args:
+        embodiment: the robot's own file, or a shipped name; the checkpoint must be for just this robot.
+
+    Raises:
+        ValueError: it is for another one; names every field that differs.
+    """
     import torch
 
-    from dita.embodiment import embodiment_to_dict
+    from dita.embodiment import embodiment_to_dict, load_embodiment
     from dita.policy.fast import PolicySession
     from dita.policy.policy import DitaPolicy
     from dita.types import RawObservation
 
     torch.set_num_threads(1)  # the guard and the twin need the other core
     model = DitaPolicy.from_pretrained(checkpoint, device, precision)
-    session = PolicySession(model, embodiment=embodiment, num_inference_steps=num_inference_steps, path=path)
-    name = session.embodiment
+    own = load_embodiment(embodiment)
+    name = model.embodiment_name(own.name)
+    different = contract_differences(embodiment_to_dict(own), embodiment_to_dict(model.specs[name]))
+    if different:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is for another robot than {name}: {', '.join(different)}; load this robot's "
+            f"checkpoint, or correct {embodiment}"
+        )
+    session = PolicySession(model, embodiment=name, num_inference_steps=num_inference_steps, path=path)
     state_range, action_range = ranges(model.contract, name)
     steps = n_action_steps or (None if interval else model.config.n_action_steps)  # as in evaluation
     node = PolicyNode(
