@@ -55,6 +55,8 @@ TICK_BOUND = (
     0.03  # a fault in the message itself: one tick at the guard, plus the wire both ways and a command's period
 )
 GONE = "policy is gone|no action|no sign of life"
+CLAMPED = "(?<!action )(?<!gripper )clamped"  # a guard's counter of goals at the border of the workspace or of a joint
+HOLD_S = 1.0  # that the shipped guard holds before it faults
 CHUNK_S = 0.3  # of the rule's chunks
 MARGIN = 0.01  # [m] that stays free between the arm and what it must keep out of
 NEAR = 0.05  # [m]: nearer than the Panda is to itself at its start, so that the guard had to stop it
@@ -82,6 +84,10 @@ class Rig:
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.lines: dict[str, deque[str]] = {}
         self.guard: dict[str, str] = {}
+        self.second: dict[str, str] = {}  # what a second guard says
+        self.history: list[tuple[float, str]] = []  # of the guard's states
+        self.clamped = 0  # how often the guard has held a goal inside the limits, as it said last
+        self._writers: dict[str, set[Any]] = {"guard": set(), "guard_2": set()}
         self.episode: dict[str, Any] = {}
         self.guard_at = -np.inf  # when the last state came
         self.applied: list[dict[str, Any]] = []
@@ -92,7 +98,8 @@ class Rig:
         self._driver = self.bus.publisher(t.INJECT, m.STRING, STATE)
         self._arm = self.bus.publisher(t.ARM, m.BOOL, STATE)
         self._episode = self.bus.publisher(t.EPISODE, m.STRING, STATE)
-        self.bus.subscribe(t.GUARD_STATE, m.STRING, LATCHED, self._on_guard)
+        # deep: of two guards that speak at once, a reader of depth 1 keeps only the last
+        self.bus.subscribe(t.GUARD_STATE, m.STRING, replace(LATCHED, depth=20), self._on_guard)
         self.bus.subscribe(t.EPISODE_STATE, m.STRING, STATE, self._on_episode)
         self.bus.subscribe(APPLIED, m.STRING, STATE, lambda message: self.applied.append(m.json_from_ros(message)))
         self.steps = 0  # that the guard has executed
@@ -104,13 +111,26 @@ class Rig:
         for name in ("reader", "twin", "policy", "guard"):
             self.start(name)
         self._number = 0
-        contract: list[Any] = []
-        self.bus.subscribe(t.CONTRACT, m.STRING, LATCHED, contract.append)
+        self.bus.subscribe(t.DIAGNOSTICS, m.DIAGNOSTICS, STATE, self._on_diagnostics)
+        self.contracts: list[Any] = []
+        self.bus.subscribe(t.CONTRACT, m.STRING, LATCHED, self.contracts.append)
         self.reset(60.0)
-        self.until(lambda: bool(contract), 30.0, "the policy's contract")  # one that comes later is another policy
+        self.until(lambda: bool(self.contracts), 30.0, "the policy's contract")  # one that comes later is another one
 
     def _on_guard(self, message: Any) -> None:
+        """Take a state; one of a writer that is new while a second guard runs is that one's, also when it has left."""
+        writer = message.sample_info.publication_handle
+        if whose(writer, self._writers, self.alive("guard_2")) == "guard_2":
+            self.second = m.json_from_ros(message)
+            return
         self.guard, self.guard_at = m.json_from_ros(message), time.monotonic()
+        self.history.append((self.guard_at, self.state))
+
+    def _on_diagnostics(self, message: Any) -> None:
+        status = m.diagnostics_from_ros(message, "guard").get("guard")
+        if status is not None:
+            values = status["values"].items()
+            self.clamped = sum(int(n) for name, n in values if matches(CLAMPED, name))
 
     def _on_gripper(self, message: Any) -> None:
         self.gripper_at.append(time.monotonic())
@@ -274,6 +294,16 @@ class Rig:
         return json.loads(self.verdicts.get(timeout=20.0))
 
 
+def whose(writer: Any, writers: dict[str, set[Any]], second: bool) -> str:
+    """Return which guard a writer is; `writers` remembers it, `second` says whether a second guard runs."""
+    for name, known in writers.items():
+        if writer in known:
+            return name
+    name = "guard_2" if second else "guard"
+    writers[name].add(writer)
+    return name
+
+
 def guard_config(unsafe: bool) -> dict[str, Any]:
     """Return the shipped knobs of the guard, or those of the control run."""
     shipped = yaml.safe_load((ROOT / "configs" / "robot.yaml").read_text())
@@ -300,6 +330,11 @@ class Expect:
     frozen: float | None = None  # bound of the measured standstill, where nobody commands any more [s]
     near: bool = False  # the arm was driven at something: without a stop it would have come nearer than NEAR
     note: str = ""  # counted on the page
+    wall: bool = (
+        False  # the arm was driven at a limit of its position: it must come there, and names count from then on
+    )
+    held: bool = False  # one of `state` must be entered although nothing is said of a deceleration
+    latest: float | None = None  # injection -> deceleration [s], where the condition comes later by itself
     honest: bool = True  # the state on the wire is the arm's, so that it must stay inside the workspace
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -376,7 +411,7 @@ def a1(trial: Trial) -> Expect:
         topic = t.CHUNK if how == "wire" else t.CHUNK_GRIPPER
         t0 = trial.rig.inject("policy", when="out", **outgoing([topic], bad=value, at=at))
     trial.faulted()
-    return Expect(t0, "not finite|non-finite", bound=TICK_BOUND)
+    return Expect(t0, "not finite|non-finite", bound=TICK_BOUND, state=("FAULT",))
 
 
 def a2(trial: Trial) -> Expect:
@@ -448,7 +483,8 @@ def a7(trial: Trial) -> Expect:
     change = {"delay": 0.4, "over": 0.8} if trial.variant == "ramp" else {"keep": 12}
     t0 = trial.rig.inject("twin", when="out", **outgoing([IMAGES[1]], **change))
     trial.stopped(3.0)
-    return Expect(t0, "image|camera|not within|slop|no action|observation", bound=1.0, after_queue=True)
+    latest = 1.0 if trial.variant == "ramp" else 0.45  # until it is late enough, or rare enough, to be out of step
+    return Expect(t0, "image|camera|not within|slop|no action|observation", after_queue=True, latest=latest)
 
 
 def a8(trial: Trial) -> Expect:
@@ -573,9 +609,10 @@ def a11(trial: Trial) -> Expect:
     if trial.variant == "permute":  # names and values alike: another order means nothing
         trial.rig.spin(0.8)
         return Expect(t0, stop=False)
-    if trial.variant == "add":
+    known = trial.rig.robot == "joints"  # the guard needs every joint's name; a point's gripper is the policy's alone
+    if trial.variant == "add" and not known:
         trial.rig.spin(0.8)
-        return Expect(t0, stop=None)
+        return Expect(t0, stop=None, note="added to a point's gripper: nobody's")
     if trial.variant == "swap":  # the values are plausible: only what does not follow its commands can show it
         trial.stopped(2.0)
         caught = trial.rig.state in ("HOLDING", "FAULT", "IDLE")
@@ -583,7 +620,9 @@ def a11(trial: Trial) -> Expect:
             t0, stop=None, honest=False, note=f"swapped names {'stopped' if caught else 'NOT noticed'} by the guard"
         )
     trial.faulted(2.5)
-    return Expect(t0, "joint|name|grip", bound=GOAL[1] + CHUNK_S, after_queue=True)
+    if known:
+        return Expect(t0, "joint|name", bound=TICK_BOUND, state=("FAULT",))
+    return Expect(t0, "joint|name|grip|observation", after_queue=True, latest=GOAL[1] + CHUNK_S)
 
 
 def a12(trial: Trial) -> Expect:
@@ -660,7 +699,7 @@ def a16(trial: Trial) -> Expect:
         return Expect(t0, GONE, state=("FAULT",))
     t0 = trial.rig.inject("policy", when="hang", hang=2.2)
     trial.faulted(2.5)
-    return Expect(t0, GONE, state=("FAULT",), after_queue=True)
+    return Expect(t0, GONE, state=("FAULT",))
 
 
 def a17(trial: Trial) -> Expect:
@@ -687,26 +726,63 @@ def a18(trial: Trial) -> Expect:
 
 
 def a19(trial: Trial) -> Expect:
-    """The policy is started anew, with the same or with another checkpoint."""
-    rig = trial.rig
+    """The policy is started anew, with the same or with another checkpoint.
+
+    The same one may go on if the guard has held for no longer than its hold_timeout; in every other case nothing may
+    move, with the new policy there and its chunks coming, until somebody arms.
+    """
+    rig, same = trial.rig, trial.variant == "same"
+    contracts = len(rig.contracts)
     t0 = rig.kill("policy", signal.SIGTERM)
     rig.end("policy")
-    rig.start("policy", hash="0" * 64 if trial.variant == "same" else "f" * 64)
-    trial.faulted(3.0)
-    rig.spin(1.5)
-    problems = [] if rig.state == "FAULT" else [f"it moves again without being armed: {rig.state}"]
-    names = GONE
-    if trial.variant == "same":
+    rig.start("policy", hash="0" * 64 if same else "f" * 64)
+    begin = time.monotonic()
+    rig.until(lambda: len(rig.contracts) > contracts, 20.0, "the new policy's contract")
+    back = time.monotonic() - begin
+    with contextlib.suppress(TimeoutError):
+        rig.until(lambda: rig.state in ("FAULT", "ARMED"), 2.0, "FAULT, or on in time")
+    rig.spin(1.5)  # its chunks come
+    problems, note = resumed([(at, s) for at, s in rig.history if at >= t0], same)
+    steps = rig.steps
+    rig.spin(0.3)
+    if rig.state != "ARMED" and rig.steps != steps:
+        problems.append(f"{rig.steps - steps} steps executed in {rig.state}")
+    if same:
         rig.armed()
-        rig.spin(0.5)
+        rig.until(lambda: rig.steps > steps + 8, 10.0, "steps after arming")
     else:
-        names = f"{GONE}|contract"
         problems += trial.refused("contract", 4.0)
         rig.end("guard")
         rig.end("policy")
         rig.start("guard")
         rig.start("policy")
-    return Expect(t0, names, problems=problems)
+    return Expect(t0, GONE if same else f"{GONE}|contract", problems=problems, note=note, extra={"restarted_s": back})
+
+
+def resumed(states: Sequence[tuple[float, str]], same: bool) -> tuple[list[str], str]:
+    """Judge what a guard did, without being armed, while its policy was started anew.
+
+    Args:
+        states: (time [s], state) since the policy was killed.
+        same: whether the new one has the same checkpoint.
+
+    Returns:
+        What is wrong, and what happened.
+    """
+    begin = next((at for at, s in states if s in ("HOLDING", "FAULT")), None)
+    if begin is None:
+        return ["it did not stop"], ""
+    again = next((at for at, s in states if at > begin and s == "ARMED"), None)
+    if again is None:
+        last = states[-1][1]
+        return ([] if last == "FAULT" else [f"{last} for more than {HOLD_S:g} s"]), "stayed in FAULT until armed"
+    held, faulted = again - begin, any(s == "FAULT" for at, s in states if begin <= at < again)
+    problems = []
+    if not same:
+        problems.append("it moves again with another checkpoint")
+    if faulted or held > HOLD_S + 0.05:  # a tick and the wire
+        problems.append(f"it moves again without being armed, {held:.2f} s later{', after FAULT' * faulted}")
+    return problems, f"went on within the hold of {HOLD_S:g} s"
 
 
 def a20(trial: Trial) -> Expect:
@@ -737,9 +813,13 @@ def a22(trial: Trial) -> Expect:
 
 def a23(trial: Trial) -> Expect:
     """The policy drives into a wall of the workspace."""
-    t0 = trial.rig.inject("policy", when="predict", predict={"toward": trial.variant})
-    trial.rig.spin(2.2)
-    return Expect(t0, "clamped|outside", stop=None)
+    rig = trial.rig
+    t0 = rig.inject("policy", when="predict", predict={"toward": trial.variant})
+    before = rig.clamped
+    with contextlib.suppress(TimeoutError):  # seconds away, and diagnostics come once a second
+        rig.until(lambda: rig.clamped > before or rig.state != "ARMED", 9.0, "the wall")
+    rig.spin(0.5)
+    return Expect(t0, f"{CLAMPED}|outside", stop=None, wall=True)
 
 
 def a23_obstacle(trial: Trial) -> Expect:
@@ -752,7 +832,7 @@ def a23_obstacle(trial: Trial) -> Expect:
         t0 = rig.guard_at - 0.1
     rig.spin(max(0.6, t0 + 3.4 - time.monotonic() if limit else 0.0))
     named_in = NAMED + 2.0 * limit  # at 0.4 rad/s it is 2 s away
-    return Expect(t0, "clamped" if limit else "too near", stop=None, near=not limit, named_in=named_in)
+    return Expect(t0, CLAMPED if limit else "too near", stop=None, near=not limit, named_in=named_in)
 
 
 def a25(trial: Trial) -> Expect:
@@ -787,7 +867,6 @@ def a25(trial: Trial) -> Expect:
         t0,
         names,
         state=states,
-        after_queue=node == "policy",
         problems=problems,
         extra={"gone_s": time.monotonic() - begin},
     )
@@ -808,7 +887,8 @@ def a26(trial: Trial) -> Expect:
     rig.spin(float(trial.rng.uniform(0.05, 0.3)))
     back = rig.kill("guard", signal.SIGCONT)
     trial.stopped(1.0, 0.4)
-    return Expect(back, "overrun|old|no action|clock|policy is gone|no sign of life", stop=None)
+    names = "overrun|old|no action|clock|policy is gone|no sign of life"
+    return Expect(back, names, stop=None, held=True)  # the reader cannot tell a pause from a deceleration
 
 
 def restart(trial: Trial) -> Expect:
@@ -865,22 +945,30 @@ def late_joiner(trial: Trial) -> Expect:
 
 
 def second_guard(trial: Trial) -> Expect:
-    """A second guard is started by mistake, and leaves again."""
+    """A second guard is started by mistake, and leaves again; neither may move the arm while both are there."""
     rig = trial.rig
     before = time.monotonic()
+    rig.second = {}
     rig.start("guard_2")
     try:
-        rig.until(lambda: rig.state == "FAULT", 8.0, "FAULT")
+        rig.until(lambda: rig.state == "FAULT" and bool(rig.second), 15.0, "FAULT, and the second guard's state")
     except TimeoutError as e:
         rig.end("guard_2")
         return Expect(before, "second writer", stop=None, problems=[str(e)])
-    t0 = rig.guard_at  # when it joined is known to nobody but the guard
-    rig.spin(0.4)
+    t0 = next(at for at, s in rig.history if at > before and s == "FAULT")  # when it joined only the guard knows
+    problems = trial.refused("second writer")
+    with contextlib.suppress(TimeoutError):
+        rig.until(lambda: matches("second writer", rig.second["refused"]), 2.0, "the second guard's no", rig.arm)
+    if rig.second["state"] != "IDLE" or not matches("second writer", rig.second["refused"]):
+        problems.append(f"the second guard: {rig.second['state']}, {rig.second['refused'] or 'nothing'}")
     rig.end("guard_2")
     begin = time.monotonic()
     rig.spin(3.5)  # a killed node is forgotten after its lease
     after = back_in_motion(trial, t0, begin)
-    return Expect(t0 - 0.3, "second writer", stop=None, problems=after.problems, extra=after.extra)
+    problems += after.problems
+    return Expect(
+        t0 - 0.3, "second writer", stop=None, held=True, state=("FAULT",), problems=problems, extra=after.extra
+    )
 
 
 def a24(trial: Trial) -> Expect:
@@ -970,6 +1058,73 @@ ROWS = {row.id: row for row in (
 )}  # fmt: skip
 PHYSICAL = ("A1", "A2", "A8", "A9", "A13", "A15", "A16", "A23b", "A24")  # also with the Panda in MuJoCo
 PANDA_ROWS = {f"{name}p": replace(ROWS[name], id=f"{name}p", robots=("panda",), control=False) for name in PHYSICAL}
+NOT_PHYSICAL = {  # of the light rows, why MuJoCo would add nothing
+    **dict.fromkeys(("A3", "A4", "A7"), "pictures, which are made up with either twin"),
+    **dict.fromkeys(("A5", "A6", "A11", "A12"), "states are changed on the wire, behind either twin"),
+    **dict.fromkeys(("A10", "A14"), "a chunk or a checkpoint is refused before anything moves otherwise than in A1"),
+    **dict.fromkeys(("A18", "A19", "A20", "A21", "A22"), "between policy and guard; the arm only brakes, as in A15"),
+    "A17": "the driver's timeout is the same code; it is measured where the lag is known",
+    "A23": "the workspace is the tool's, for Cartesian commands; joints, boxes and the arm itself are A23bp",
+    **dict.fromkeys(("A25", "A26", "R1", "R2", "R3", "R4"), "processes; the arm only brakes, as in A15"),
+}  # fmt: skip
+SEEN = "the judge sees it in the differences of a jerk-limited path: a tick, a command's period and the wire both ways"
+PROMISES: dict[str, tuple[float | None, str, str]] = {  # row -> table A's bound [s], its words, what is tested here
+    "A1": (0.01, "R2 in the same tick; R3 after 3 in 1 s",
+        f"30 ms: {SEEN}; what the policy refuses itself is told at its next check, 20 ms; FAULT is required"),
+    "A2": (0.1, "older than 50 ms: R3, decelerates within 100 ms",
+        "150 ms from the first state that is missing: the shipped state_timeout is 100 ms, not 50; two missing states "
+        "must not stop it"),
+    "A3": (0.2, "image older than 150 ms: at most 100 ms of the chunk, then R2; R3 after 1 s",
+        "280 ms from the first picture that is missing (the table's would be 200): with one silent camera the last "
+        "valid instant counts until it is 150 ms old, so that the chunk of 300 ms is run out"),
+    "A4": (0.35, "5 identical pictures + 100 ms, then as A3",
+        "450 ms: pictures count as frozen once the arm has moved by 10 mm, and the first repetition is a period late"),
+    "A5": (0.1, "running: R3 within 100 ms; refuse to arm, naming both hosts",
+        f"150 ms to the deceleration: {SEEN}. FAULT is required, but not within a time: stamps that jump back are held "
+        "first (A6) and fault after 1 s. 20 ms are tolerated (max_skew 50 ms) and must not stop it"),
+    "A6": (0.1, "R2; only fresh data, within 1 s", f"150 ms: {SEEN}; that it goes on is not judged"),
+    "A7": (0.1, "drop; none valid for 150 ms: as A3",
+        "150 ms from the end of the last valid action; from the injection 1 s (ramp), 450 ms (rare), as the condition "
+        "comes with the delay"),
+    "A8": (0.1, "R2 when the queue is empty, within 100 ms", f"150 ms from the end of the last valid action: {SEEN}"),
+    "A9": (None, "inside the envelope, 0 violations", "the same; late by 30 steps and early by 30 ms, 2 policies"),
+    "A10": (0.1, "R1, then R2 within 100 ms; other statistics: refuse to start",
+        "the same, by the action's limits; percentiles of the training data are the policy node's unit tests'"),
+    "A11": (0.01, "by name only; missing, extra, twice: refuse to arm, show both lists",
+        "while running: R3 within 30 ms for the guard's own joints; a gripper that only the policy reads: 150 ms from "
+        "the end of the last valid action. Another order of names and values means nothing. Detected: missing, extra, "
+        "twice, and two exchanged names if the measured values jump (more than the leash + twice the speed limit) or "
+        "then do not follow their commands (twice the leash). NOT detected: two exchanged names while both joints read "
+        "nearly the same; that is for the preflight, whose replay finds the joint order"),
+    "A12": (0.01, "R3 in one tick; 0 commands outside",
+        f"30 ms: {SEEN}; for an action HOLDING is enough, as what is not grossly out is A10's"),
+    "A13": (None, "refuse to arm on disagreement", "FAULT 1 s after the first gripper command that can show it"),
+    "A14": (None, "refuse to load, name the field", "the guard refuses to arm, dita robot policy to start, by field"),
+    "A15": (0.15, "R2: decelerates within 150 ms; R3", "the same"),
+    "A16": (0.15, "as A15", "the same"),
+    "A17": (0.1, "the driver holds within 100 ms; restart is IDLE",
+        "the measured position stands within 200 ms: the timeout, a control step and the simulated arm's lag"),
+    "A18": (0.1, "run out the chunk, end at rest, 0 jumps", f"150 ms from the end of the last valid action: {SEEN}"),
+    "A19": (0.15, "no motion until the hash is equal, observations are fresh and, if held for > 1 s, it is re-armed",
+        "the same, by the held time that was measured: the same checkpoint may go on within 1 s"),
+    "A20": (None, "0 executed", "the same, and no stop"),
+    "A21": (None, "5 %: no stop; 20 %: no violation; 50 %: R2",
+        "50 %: R2 is not required, as chunks are repeated until they arrive: only no violation"),
+    "A22": (0.2, "R3 within 200 ms, by name", "the same"),
+    "A23": (None, "stops 1 cm before; 0 contacts",
+        "the workspace's own walls: no command and no measured position beyond them; the 1 cm are A23b's. Named within "
+        "1 s of the command that comes to the wall"),
+    "A23b": (None, "stops 1 cm before; 0 contacts", "the same; a joint's own limit: no command beyond it"),
+    "A24": (1 / 160, "nothing is sent after a tick; no motion on release",
+        "42 ms from the order to the last command: the twin tells its mode at its next step (12.5 ms), and the wire "
+        "three times"),
+    "A25": (0.1, "R2 within 100 ms, gone within 5 s",
+        "150 ms: a policy that leaves without a word is missed by its sign of life, after 100 ms"),
+    "A26": (None, "R2, counted, 0 violations",
+        "no time: after a pause HOLDING or FAULT is required; beside hogs only no violation"),
+    **dict.fromkeys(("R1", "R2", "R3"), (None, "recovery (issue)", "moves again once armed, not before")),
+    "R4": (None, "recovery (issue)", "the first guard is in FAULT, neither arms while both are there, then it moves"),
+}  # fmt: skip
 HELPERS = {"A20": "replayer", "A22": "rogue"}  # processes that a row needs besides
 
 
@@ -992,10 +1147,9 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
         problems.append(f"it never came near: {nearest}")
     if verdict["executed_back"]:
         problems.append(f"{verdict['executed_back']} steps executed out of order")
-    decel, still = verdict["decel_s"], verdict["still_s"]
-    if expect.after_queue and decel is not None and verdict["queue_s"] is not None:
-        decel = decel - max(0.0, verdict["queue_s"])
-    state = verdict["state"]
+    decel, still, state = verdict["decel_s"], verdict["still_s"], verdict["state"]
+    begin = max(0.0, verdict["queue_s"] or 0.0) if expect.after_queue else 0.0  # of the condition
+    decel = None if decel is None else decel - begin
     if expect.stop is False and (state is not None or decel is not None):
         problems.append(f"stopped without need: {state}")
     if expect.silent:
@@ -1009,11 +1163,18 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
             problems.append(
                 "no standstill" if still is None else f"standstill {still - verdict['decel_s']:.2f} s later"
             )
-        if not set(verdict["states"]) & set(expect.state):
-            problems.append(f"never {' or '.join(expect.state)}: {verdict['states']}")
+        if expect.latest is not None and verdict["decel_s"] is not None and verdict["decel_s"] > expect.latest:
+            problems.append(f"deceleration {1e3 * verdict['decel_s']:.0f} ms after the injection")
+    if (expect.stop or expect.held) and not set(verdict["states"]) & set(expect.state):
+        problems.append(f"never {' or '.join(expect.state)}: {verdict['states']}")
     if expect.frozen is not None and (verdict["measured_still_s"] or 0.0) > expect.frozen:
         problems.append(f"the arm moved for {verdict['measured_still_s']:.3f} s")
     named = verdict["named"]["s"] if expect.names and verdict["named"] else None
+    if expect.wall:
+        if verdict["wall_s"] is None:
+            problems.append("it never came to the wall")
+        elif named is not None:
+            named = max(0.0, named - verdict["wall_s"])
     if expect.names and (named is None or named > expect.named_in):
         problems.append("not named" if named is None else f"named after {named:.2f} s")
     return {
@@ -1022,6 +1183,8 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
         "decel_from_injection_s": verdict["ended_s" if expect.silent else "decel_s"],
         "stand_s": None if still is None or verdict["decel_s"] is None else still - verdict["decel_s"],
         "speeds": verdict["speeds"] if problems else None, "state_s": state["s"] if state else None, "state": state,
+        "reaction_s": state["s"] - begin if state and expect.stop else None,
+        "fault_s": verdict["fault_s"], "measured_still_s": verdict["measured_still_s"] if expect.frozen else None,
         "named_s": named, "named_in": expect.named_in, "must_name": bool(expect.names),
         "text": verdict["named"]["text"] if expect.names and verdict["named"] else None,
         "commands": verdict["commands"], "details": verdict["details"],
@@ -1076,7 +1239,10 @@ def recover(rig: Rig) -> None:
 
 
 def run(rows: Sequence[Row], repeat: int, seed: int, work: Path, domain_id: int, control: bool) -> list[dict[str, Any]]:
-    """Play what is missing of every row, and of the control run; one faulty row does not stop the others."""
+    """Play what is missing of every row, and of the control run; one faulty row does not stop the others.
+
+    Returns every trial of this seed in `work`, other rows' included: the page shows what was played there.
+    """
     work.mkdir(parents=True, exist_ok=True)
     path = work / "trials.jsonl"
     records = read_trials(path)
@@ -1098,8 +1264,7 @@ def run(rows: Sequence[Row], repeat: int, seed: int, work: Path, domain_id: int,
                 bar.update(
                     task, advance=1, text=f"{row.id} {'' if record['ok'] else '; '.join(record['problems'])[:80]}"
                 )
-    wanted = {row.id for row in rows}
-    return [r for r in records if r["row"] in wanted and r["k"] < repeat and r["seed"] == seed]
+    return [r for r in records if r["k"] < repeat and r["seed"] == seed]
 
 
 def rig_key(row: Row, k: int, unsafe: bool) -> tuple[str, int, bool]:
@@ -1206,6 +1371,9 @@ def line(row: Row, records: Sequence[Mapping[str, Any]]) -> str:
         notes.append(f"bound {', '.join(f'{1e3 * b:.0f}' for b in bounds)} ms")
     said = [r["note"] for r in records if r.get("note")]
     notes += [f"{note}: {said.count(note)}" for note in sorted(set(said))]
+    for what, key in (("FAULT", "fault_s"), ("measured standstill", "measured_still_s")):
+        if times(records, key):
+            notes.append(f"{what} after {spread(times(records, key))} ms")
     nearest = [r["clearance"]["m"] for r in records if r.get("clearance")]
     if nearest:
         notes.append(f"nearest {1e3 * min(nearest):.1f} mm")
@@ -1251,6 +1419,20 @@ COLUMNS = (
 )  # fmt: skip
 
 
+BOUNDS = """### Against faults.md, and the issue's goals
+
+**Condition -> reaction** is the arrival of the guard's own state (HOLDING, FAULT or IDLE) at the reader: one hop after
+the guard has decided; where an arm comes to rest at the end of a chunk, that is stream_timeout (100 ms) later than the
+deceleration. The bound is table A's, or its 100 ms for every fault; times in ms. The goals are for condition ->
+deceleration and, the last, for deceleration -> standstill.
+
+"""
+BOUND_COLUMNS = (
+    "#", "faults.md", "tested here", "bound", "condition -> reaction", "reaction within it", "deceleration within it",
+    "p50 <= 30", "max <= 150", f"p99 <= 100 (from n = {ENOUGH})", "standstill <= 500",
+)  # fmt: skip
+
+
 def page(rows: Sequence[Row], records: Sequence[Mapping[str, Any]], command: str, seed: int) -> str:
     """Return the page of evidence."""
     real = [r for r in records if not r["control"]]
@@ -1272,9 +1454,15 @@ def page(rows: Sequence[Row], records: Sequence[Mapping[str, Any]], command: str
         regular=REGULAR,
         enough=ENOUGH,
     )
-    text += f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|\n"
-    text += "\n".join(line(row, of) for row in rows if (of := [r for r in real if r["row"] == row.id]))
-    text += "\n\n## Not as promised\n\n"
+    for title, wanted in (("The light twin", ROWS), ("robosuite's Panda in MuJoCo", PANDA_ROWS)):
+        played = [(row, of) for row in rows if row.id in wanted and (of := [r for r in real if r["row"] == row.id])]
+        if played:
+            text += f"## {title}\n\n" + markdown(COLUMNS, [line(row, of) for row, of in played])
+            text += BOUNDS + markdown(BOUND_COLUMNS, [bounds_line(row, of) for row, of in played])
+        if played and wanted is PANDA_ROWS:
+            text += "Rows that are not played with it: "
+            text += "; ".join(f"{name}: {why}" for name, why in NOT_PHYSICAL.items()) + ".\n\n"
+    text += "## Not as promised\n\n"
     bad: dict[tuple[str, str], int] = {}
     for r in real:
         for problem in r["problems"]:
@@ -1289,6 +1477,37 @@ def page(rows: Sequence[Row], records: Sequence[Mapping[str, Any]], command: str
     if lines:
         text += "The reader must catch the guard doing what it should not.\n\n| # | caught | as |\n|---|---|---|\n"
     return text + ("\n".join(lines) or "Not played.") + "\n"
+
+
+def markdown(columns: Sequence[str], lines: Sequence[str]) -> str:
+    """Return a table."""
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *lines]) + "\n\n"
+
+
+def bounds_line(row: Row, records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a row's line of the second table: table A's bound, the tested one, and the issue's goals."""
+    limit, words, tested = PROMISES[row.id.removesuffix("p")]
+    stops = [r for r in records if r.get("stop")]
+    decel, react, stand = (times(stops, key) for key in ("decel_s", "reaction_s", "stand_s"))
+    within = [
+        f"{sum(v <= limit for v in values)}/{len(stops)}" if limit is not None and stops else "-"
+        for values in (react, decel)
+    ]
+    cells = [
+        row.id, words, tested, "-" if limit is None else f"{1e3 * limit:.0f}", spread(react), *within,
+        met(decel, np.median, GOAL[0]), met(decel, max, GOAL[1]),
+        met(decel, lambda x: np.percentile(x, 99), 0.1) if len(decel) >= ENOUGH else f"- (n {len(decel)})",
+        met(stand, max, STAND),
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def met(values: Sequence[float], of: Callable[[Any], Any], goal: float) -> str:
+    """Return whether a goal is met, and by how much."""
+    if not values:
+        return "-"
+    value = float(of(values))
+    return f"{'yes' if value <= goal else 'NO'} ({1e3 * value:.0f})"
 
 
 def caught(record: Mapping[str, Any]) -> bool:
@@ -1346,7 +1565,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     records = run(rows, args.repeat, args.seed, args.out, args.domain_id, not args.no_control)
     args.page.parent.mkdir(parents=True, exist_ok=True)
-    args.page.write_text(page(rows, records, command, args.seed))
+    args.page.write_text(page(list(every.values()), records, command, args.seed))
+    wanted = {row.id for row in rows}
+    records = [r for r in records if r["row"] in wanted]
     lines = failed(records)
     print("\n".join([*lines[:40], f"{len(records)} repetitions, {len(lines)} not as promised; {args.page}"]))
     return 1 if lines else 0

@@ -42,6 +42,7 @@ STILL = 0.01  # [m/s] or [rad/s]: standstill, as ros2_controllers has it
 STILL_S = 0.04  # for so long
 SILENT_S = 0.1  # no command for so long: the stream has ended
 KEEP_S = 40.0  # of everything, in the reader
+AT_WALL = 1e-4  # [m] or [rad]: a command so near to its limit is there
 
 
 # --- a bus that misbehaves on request
@@ -397,8 +398,8 @@ class PointEnv:
         return np.array([*self.hand, self.grip], np.float32)
 
     def observe(self) -> Any:
-        """Return images that change with the hand."""
-        return SimpleNamespace(images=pictures(self.hand), state=self._state())
+        """Return images that change with the hand and the gripper."""
+        return SimpleNamespace(images=pictures(self._state()), state=self._state())
 
     def warnings(self) -> dict[str, int]:
         """Return nothing: no simulator, no warnings."""
@@ -440,7 +441,7 @@ class PhysicalEnv:
 
     def observe(self) -> Any:
         """Return images that change with the joints."""
-        return SimpleNamespace(images=pictures(self._env.joints), state=self._env.state)
+        return SimpleNamespace(images=pictures(self._env.state), state=self._env.state)
 
     def warnings(self) -> dict[str, int]:
         """Return MuJoCo's warnings, and contacts."""
@@ -562,7 +563,7 @@ class Reader:
         self.violations: deque[Any] = deque()  # (arrival, what)
         self.clearances: deque[Any] = deque()  # (arrival, distance [m], between what), commanded and measured
         self.details: deque[Any] = deque()  # (arrival, spacing and speeds of the commands of a violation)
-        self.states: deque[Any] = deque()  # (arrival, state, reason)
+        self.states: deque[Any] = deque()  # (arrival, state, reason, writer)
         self.texts: deque[Any] = deque()  # (arrival, text)
         self.executed: deque[Any] = deque()  # (arrival, chunk stamp, index)
         self.episode: dict[str, Any] = {}
@@ -588,8 +589,9 @@ class Reader:
         else:
             subscribe(driver.pose_topic, m.POSE, replace(STATE, **deep), self._on_pose)
         subscribe(t.EXECUTED, t.chunk_type(self.robot), replace(STATE, **deep), self._on_executed)
-        subscribe(t.POLICY_STATE, m.STRING, LATCHED, lambda x: self._keep(self.texts, f"policy: {x.data}"))
-        subscribe(t.GUARD_STATE, m.STRING, LATCHED, self._on_state)
+        every = replace(LATCHED, **deep)  # also the states between: two guards, or a hold that is soon over
+        subscribe(t.POLICY_STATE, m.STRING, every, lambda x: self._keep(self.texts, f"policy: {x.data}"))
+        subscribe(t.GUARD_STATE, m.STRING, every, self._on_state)
         subscribe(t.EPISODE_STATE, m.STRING, STATE, self._on_episode)
         subscribe(t.DIAGNOSTICS, m.DIAGNOSTICS, STATE, self._on_diagnostics)
 
@@ -690,7 +692,7 @@ class Reader:
 
     def _on_state(self, message: Any) -> None:
         values = m.json_from_ros(message)
-        self._keep(self.states, values["state"], values["reason"])
+        self._keep(self.states, values["state"], values["reason"], message.sample_info.publication_handle)
         self._keep(self.texts, f"{values['state']}: {values['reason']} | {values['refused']}")
 
     def _on_episode(self, message: Any) -> None:
@@ -723,7 +725,9 @@ class Reader:
         measured = [(at, p) for at, p in self.measured if since <= at <= until]
         low, high = self.bounds.low, self.bounds.high
         named = [(at, text) for at, text in self.texts if at >= t0 - 0.001 and re.search(names, text)]
-        state = next(((at, s, why) for at, s, why in self.states if at >= t0), None)
+        states = self._states(since, t0)
+        stops = [(at, s, why) for at, s, why in states if at >= t0 and s != "ARMED"]
+        faults = [at for at, s, _ in stops if s == "FAULT"]
         chunks = [stamp for at, stamp, _ in self.executed if since <= at <= until]
         stop = self._stop(commands, t0)
         nearest = min(((d, what) for at, d, what in self.clearances if since <= at <= until), default=None)
@@ -739,13 +743,33 @@ class Reader:
             **stop,
             "queue_s": covered[-1] + self.robot.action_dt - t0 if covered else None,
             "measured_still_s": _still_since(measured, t0),
-            "state": None if state is None else {"s": state[0] - t0, "state": state[1], "reason": state[2]},
-            "states": [s for at, s, _ in self.states if t0 <= at <= until],
+            "state": {"s": stops[0][0] - t0, "state": stops[0][1], "reason": stops[0][2]} if stops else None,
+            "states": [s for at, s, _ in states if t0 <= at <= until],
+            "fault_s": faults[0] - t0 if faults else None,
+            "wall_s": self._wall(commands, t0),
             "named": None if not named else {"s": max(0.0, named[0][0] - t0), "text": named[0][1][:300]},
             "executed": len(chunks),
             "executed_back": sum(b < a for a, b in pairwise(chunks)),
             "speeds": [round(c[4], 4) for c in commands if c[0] > t0 and np.isfinite(c[4])][:30],
         }
+
+    def _states(self, since: float, t0: float) -> list[tuple[float, str, str]]:
+        """Return the states of the guard that moved the arm: another one that joins speaks for itself."""
+        ours = next((w for at, s, _, w in self.states if since <= at <= t0 and s == "ARMED"), None)
+        return [(at, s, why) for at, s, why, w in self.states if ours is None or w == ours]
+
+    def _wall(self, commands: Sequence[Any], t0: float) -> float | None:
+        """Return when the first command came to a limit of its position [s after t0]."""
+        if self.robot.driver.command == "twist":
+            return None
+        low, high = self.bounds.low, self.bounds.high
+        n = len(low)
+        there = (
+            c[0] - t0
+            for c in commands
+            if c[0] > t0 and np.any((c[3][:n] < low + AT_WALL) | (c[3][:n] > high - AT_WALL))
+        )
+        return next(there, None)
 
     def _stop(self, commands: Sequence[Any], t0: float) -> dict[str, Any]:
         """Find the deceleration that ends in the first standstill after t0.

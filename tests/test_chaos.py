@@ -213,7 +213,7 @@ def verdict(**changes):
         "commands": 9, "violations": {}, "details": [], "non_finite": 0, "measured_outside": 0, "warnings": 0,
         "clearance": None, "speed": 0.3, "decel_s": None, "still_s": None, "ended_s": None, "queue_s": None,
         "measured_still_s": 0.0, "state": None, "states": [], "named": {"s": 0.1, "text": "too near"}, "executed": 3,
-        "executed_back": 0, "speeds": [],
+        "executed_back": 0, "speeds": [], "fault_s": None, "wall_s": None,
     }  # fmt: skip
     return {**values, **changes}
 
@@ -227,6 +227,80 @@ def test_arm_that_comes_nearer_than_the_margin_or_was_never_near_is_not_as_promi
     rig: Any = SimpleNamespace(unsafe=False)
     result = chaos.judge(chaos.ROWS["A23b"], expect, verdict(clearance=near), rig)
     assert result["ok"] == (problem is None) and (problem is None or problem in result["problems"][0])
+
+
+def judged(row, expect, **changes):
+    rig: Any = SimpleNamespace(unsafe=False)
+    return chaos.judge(chaos.ROWS[row], expect, verdict(**changes), rig)
+
+
+def test_name_counts_from_the_wall_and_an_arm_that_never_came_there_is_not_as_promised():
+    expect = chaos.Expect(0.0, "clamped", stop=None, wall=True)
+    assert judged("A23", expect, wall_s=2.0, named={"s": 2.9, "text": "x clamped"})["ok"]
+    late = judged("A23", expect, wall_s=2.0, named={"s": 3.1, "text": "x clamped"})
+    assert late["problems"] == ["named after 1.10 s"] and late["named_s"] == pytest.approx(1.1)
+    assert judged("A23", expect)["problems"] == ["it never came to the wall"]
+
+
+def test_clamped_actions_do_not_name_a_wall():
+    for text, found in (("x clamped 3", True), ("joint_0 clamped", True), ("R1 action clamped 2", False)):
+        assert chaos.matches(chaos.CLAMPED, f"guard: ARMED: armed ({text})") == found
+    assert not chaos.matches(chaos.CLAMPED, "R1 gripper clamped")
+
+
+def test_state_must_be_entered_where_it_is_asked_and_the_latest_deceleration_counts_from_the_injection():
+    held = chaos.Expect(0.0, stop=None, held=True)
+    assert judged("A26", held, states=["HOLDING", "ARMED"])["ok"]
+    assert judged("A26", held, states=["ARMED"])["problems"] == ["never HOLDING or FAULT: ['ARMED']"]
+    late = chaos.Expect(0.0, after_queue=True, latest=0.4)
+    stop = {"decel_s": 0.45, "still_s": 0.5, "queue_s": 0.4, "states": ["HOLDING"]}
+    result = judged("A7", late, **stop, state={"s": 0.48, "state": "HOLDING", "reason": ""})
+    assert result["problems"] == ["deceleration 450 ms after the injection"]
+    assert result["decel_s"] == pytest.approx(0.05) and result["reaction_s"] == pytest.approx(0.08)
+
+
+def test_two_guards_are_told_apart_by_their_writers():
+    writers = {"guard": set(), "guard_2": set()}
+    said = [chaos.whose(w, writers, second) for w, second in ((1, False), (1, True), (2, True), (2, False), (3, False))]
+    assert said == ["guard", "guard", "guard_2", "guard_2", "guard"]
+
+
+def test_reader_judges_the_states_of_the_guard_that_moved_the_arm():
+    reader = Reader.__new__(Reader)
+    reader.states = deque([(0.0, "IDLE", "", 1), (1.0, "ARMED", "", 1), (2.0, "IDLE", "", 2), (2.1, "FAULT", "two", 1)])
+    assert [s for _, s, _ in reader._states(0.5, 1.5)] == ["IDLE", "ARMED", "FAULT"]
+    assert len(reader._states(0.5, 0.9)) == 4, "none of them moved it"
+
+
+def test_reader_finds_the_command_that_comes_to_the_wall():
+    reader = reader_of(TICK * np.arange(100), np.minimum(0.4 + 0.002 * np.arange(100), 0.5 - 1e-6))
+    reader.robot = parse_robot(ROBOTS["point"])
+    reader.bounds = reader.robot.bounds
+    commands = [(at, w, stamp, np.add(x, [0.0, 0.7, 0.3]), speed) for at, w, stamp, x, speed in reader.commands]
+    assert reader._wall(commands, 0.1) == pytest.approx(50 * TICK - 0.1)
+    assert reader._wall(commands[:40], 0.1) is None
+
+
+HELD = [(0.1, "HOLDING")]
+
+
+@pytest.mark.parametrize(
+    ("states", "same", "problem"),
+    [
+        ([*HELD, (0.9, "ARMED")], True, None),
+        ([*HELD, (1.1, "FAULT")], True, None),
+        ([*HELD, (1.1, "FAULT")], False, None),
+        ([*HELD, (1.3, "ARMED")], True, "without being armed, 1.20 s later"),
+        ([*HELD, (0.5, "FAULT"), (0.6, "ARMED")], True, "0.50 s later, after FAULT"),
+        ([*HELD, (0.9, "ARMED")], False, "another checkpoint"),
+        (HELD, True, "HOLDING for more than 1 s"),
+        ([], True, "did not stop"),
+    ],
+)
+def test_policy_that_comes_back_may_go_on_only_within_the_hold_and_with_the_same_checkpoint(states, same, problem):
+    problems, note = chaos.resumed(states, same)
+    assert problems == [] if problem is None else problem in problems[0]
+    assert ("within the hold" in note) == any(s == "ARMED" for _, s in states)
 
 
 def test_commands_are_read_by_name_in_every_form():
@@ -307,6 +381,21 @@ def test_page_counts_and_a_control_that_is_not_caught_is_a_failure():
     assert "noticed: 1; nearest 12.3 mm" in chaos.page(rows, [*records, near], "make chaos", 0)
     records[-1]["violations"] = {}
     assert "control A1: the reader caught nothing" in chaos.failed(records)
+
+
+def test_page_says_for_every_row_what_the_table_promises_and_whether_the_goals_are_met():
+    assert set(chaos.PROMISES) == set(chaos.ROWS)
+    physical = {name.removesuffix("p") for name in chaos.PANDA_ROWS}
+    assert physical | set(chaos.NOT_PHYSICAL) == set(chaos.ROWS) and not physical & set(chaos.NOT_PHYSICAL)
+    records = [record("A1", reaction_s=s, decel_s=2 * s) for s in (0.004, 0.02)] + [record("A2p", decel_s=0.16)]
+    text = chaos.page([*chaos.ROWS.values(), *chaos.PANDA_ROWS.values()], records, "make chaos", 0)
+    light, panda = text.split("## robosuite's Panda in MuJoCo")
+    row = next(one for one in light.splitlines() if one.startswith("| A1 | R2 in the same tick"))
+    assert "| 10 | 12 / 20 | 1/2 | 1/2 | yes (24) | yes (40) | - (n 2) | yes (100) |" in row
+    assert "| A2p | older than 50 ms" in panda and "NO (160) | NO (160)" in panda and "A3: pictures" in panda
+    assert "A2p" not in light
+    many = chaos.bounds_line(chaos.ROWS["A1"], [record("A1", decel_s=0.02)] * 299 + [record("A1", decel_s=0.2)])
+    assert "yes (20) | NO (200) | yes (20)" in many
 
 
 def test_cut_line_of_an_interrupted_run_is_played_again(tmp_path):
