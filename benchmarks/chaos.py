@@ -56,6 +56,7 @@ TICK_BOUND = (
 )
 GONE = "policy is gone|no action|no sign of life"
 CLAMPED = "(?<!action )(?<!gripper )clamped"  # a guard's counter of goals at the border of the workspace or of a joint
+SECOND_S = 0.2  # that a second commander may be one
 HOLD_S = 1.0  # that the shipped guard holds before it faults
 CHUNK_S = 0.3  # of the rule's chunks
 MARGIN = 0.01  # [m] that stays free between the arm and what it must keep out of
@@ -85,6 +86,7 @@ class Rig:
         self.lines: dict[str, deque[str]] = {}
         self.guard: dict[str, str] = {}
         self.second: dict[str, str] = {}  # what a second guard says
+        self.second_history: list[tuple[float, str]] = []
         self.history: list[tuple[float, str]] = []  # of the guard's states
         self.clamped = 0  # how often the guard has held a goal inside the limits, as it said last
         self._writers: dict[str, set[Any]] = {"guard": set(), "guard_2": set()}
@@ -122,6 +124,7 @@ class Rig:
         writer = message.sample_info.publication_handle
         if whose(writer, self._writers, self.alive("guard_2")) == "guard_2":
             self.second = m.json_from_ros(message)
+            self.second_history.append((time.monotonic(), self.second["state"]))
             return
         self.guard, self.guard_at = m.json_from_ros(message), time.monotonic()
         self.history.append((self.guard_at, self.state))
@@ -159,7 +162,10 @@ class Rig:
             env={**os.environ, **CHILD_ENV, "PYTHONPATH": str(ROOT), UNSAFE_FLAG: "1" if self.unsafe else "0"},
             start_new_session=True,
         )  # fmt: skip
-        self.processes[name], self.lines[name] = process, deque(maxlen=20)
+        self.processes[name], self.lines[name] = (
+            process,
+            deque(maxlen=200),
+        )  # a traceback, and what libraries say after it
         threading.Thread(target=self._read, args=(name, process), daemon=True).start()
 
     def _read(self, name: str, process: subprocess.Popen[str]) -> None:
@@ -948,7 +954,7 @@ def second_guard(trial: Trial) -> Expect:
     """A second guard is started by mistake, and leaves again; neither may move the arm while both are there."""
     rig = trial.rig
     before = time.monotonic()
-    rig.second = {}
+    rig.second, rig.second_history = {}, []
     rig.start("guard_2")
     try:
         rig.until(lambda: rig.state == "FAULT" and bool(rig.second), 15.0, "FAULT, and the second guard's state")
@@ -959,7 +965,12 @@ def second_guard(trial: Trial) -> Expect:
     problems = trial.refused("second writer")
     with contextlib.suppress(TimeoutError):
         rig.until(lambda: matches("second writer", rig.second["refused"]), 2.0, "the second guard's no", rig.arm)
-    if rig.second["state"] != "IDLE" or not matches("second writer", rig.second["refused"]):
+    armed, note = armed_for(rig.second_history), ""
+    if armed > 0.0:  # asked before it had discovered the first one: a second commander, of whom A22 says how long
+        note = "the second guard armed for a moment"
+    if armed > SECOND_S:
+        problems.append(f"the second guard was armed for {1e3 * armed:.0f} ms")
+    if rig.second["state"] == "ARMED" or not matches("second writer", rig.second["refused"]):
         problems.append(f"the second guard: {rig.second['state']}, {rig.second['refused'] or 'nothing'}")
     rig.end("guard_2")
     begin = time.monotonic()
@@ -967,8 +978,21 @@ def second_guard(trial: Trial) -> Expect:
     after = back_in_motion(trial, t0, begin)
     problems += after.problems
     return Expect(
-        t0 - 0.3, "second writer", stop=None, held=True, state=("FAULT",), problems=problems, extra=after.extra
+        t0 - 0.3,
+        "second writer",
+        stop=None,
+        held=True,
+        state=("FAULT",),
+        problems=problems,
+        note=note,
+        extra={**after.extra, "second_armed_ms": 1e3 * armed},
     )
+
+
+def armed_for(states: Sequence[tuple[float, str]]) -> float:
+    """Return the longest time that a guard was armed [s], from (time [s], state); until now if it still is."""
+    ends = [at for at, _ in states[1:]] + [time.monotonic()]
+    return max((end - at for (at, s), end in zip(states, ends, strict=False) if s == "ARMED"), default=0.0)
 
 
 def a24(trial: Trial) -> Expect:
@@ -1123,7 +1147,9 @@ PROMISES: dict[str, tuple[float | None, str, str]] = {  # row -> table A's bound
     "A26": (None, "R2, counted, 0 violations",
         "no time: after a pause HOLDING or FAULT is required; beside hogs only no violation"),
     **dict.fromkeys(("R1", "R2", "R3"), (None, "recovery (issue)", "moves again once armed, not before")),
-    "R4": (None, "recovery (issue)", "the first guard is in FAULT, neither arms while both are there, then it moves"),
+    "R4": (None, "recovery (issue)",
+        "the first guard is in FAULT and neither arms while both are there; a second one that is asked before it has "
+        "discovered the first is in FAULT within 200 ms, as A22 has it; then the first moves again"),
 }  # fmt: skip
 HELPERS = {"A20": "replayer", "A22": "rogue"}  # processes that a row needs besides
 

@@ -265,6 +265,13 @@ def test_two_guards_are_told_apart_by_their_writers():
     assert said == ["guard", "guard", "guard_2", "guard_2", "guard"]
 
 
+def test_second_guard_is_timed_while_it_is_armed():
+    assert chaos.armed_for([]) == chaos.armed_for([(1.0, "IDLE"), (2.0, "FAULT")]) == 0.0
+    assert chaos.armed_for([(1.0, "IDLE"), (2.0, "ARMED"), (2.15, "FAULT")]) == pytest.approx(0.15)
+    now = time.monotonic()
+    assert chaos.armed_for([(now - 5.0, "ARMED")]) >= 5.0
+
+
 def test_reader_judges_the_states_of_the_guard_that_moved_the_arm():
     reader = Reader.__new__(Reader)
     reader.states = deque([(0.0, "IDLE", "", 1), (1.0, "ARMED", "", 1), (2.0, "IDLE", "", 2), (2.1, "FAULT", "two", 1)])
