@@ -1063,7 +1063,7 @@ ROWS = {row.id: row for row in (
     Row("A16", "policy hangs", "R2, R3", a16, variants=("stopped", "loop")),
     Row("A17", "guard killed", "the driver holds within 100 ms; restart is IDLE", a17),
     Row("A18", "partition", "run out the chunk, end at rest", a18, variants=("blackhole", "half", "slow")),
-    Row("A19", "policy restarted", "no motion until armed; another checkpoint: refused", a19,
+    Row("A19", "policy restarted", "on within the hold of 1 s, else not until armed; another checkpoint: refused", a19,
         variants=("same", "other")),
     Row("A20", "late, duplicate, reordered chunks", "R0", a20, variants=("duplicate", "late", "reorder")),
     Row("A21", "packet loss 5, 20, 50 %", "5 %: no stop; never a violation", a21, loss=(50, 200, 500)),
