@@ -13,7 +13,7 @@ import pytest
 from fake_robot import EMBODIMENT, START, field
 
 from robot_io import messages as m
-from robot_io.bus import Stopper, Writer
+from robot_io.bus import SENSOR, STATE, Stopper, Writer
 from robot_io.bus_dds import message
 from robot_io.core.chunk_buffer import Chunk
 from robot_io.core.guard import Guard, GuardConfig
@@ -78,6 +78,7 @@ class Bus:
         self.name, self.time, self.wall, self.running = "guard", 50.0, T0, True
         self.sent, self.readers, self.timers, self.logged = defaultdict(list), defaultdict(list), [], []
         self.types, self.others, self.alive, self.services = {}, defaultdict(list), {}, {}
+        self.requested = {}
         self.mismatch, self.stopper = None, Stopper(self.log)
 
     def msg(self, type, **fields):
@@ -90,6 +91,7 @@ class Bus:
 
     def subscribe(self, topic, type, qos, callback):
         self.types.setdefault(topic, type)
+        self.requested[topic] = qos
         self.readers[topic].append(callback)
 
     def send(self, topic, sent):
@@ -671,6 +673,14 @@ def test_a_policy_that_must_not_act_is_held_and_says_why():
     assert state(rig, False, "no instruction", "R2")["state"] == "ARMED", "a human drives"
     state(rig, False, "no reaction")
     assert any("ok, reason and reaction" in text for _, text in rig.bus.logged)
+
+
+@pytest.mark.parametrize(("arm", "topic"), [(joint_arm, "/joint_states"), (tool_arm, "/tool_pose")])
+def test_a_lost_state_does_not_keep_the_next_ones_waiting(arm, topic):
+    requested = Rig(arm()).bus.requested[topic]
+    assert not requested.reliable
+    assert STATE.satisfies(requested), "ros2_control's joint_state_broadcaster and the twin offer reliable"
+    assert SENSOR.satisfies(requested), "and a driver that offers best effort is understood, too"
 
 
 def test_qos_mismatches_are_said_in_log_and_diagnostics():

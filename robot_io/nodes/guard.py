@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 import numpy as np
 
 from robot_io import messages as m
-from robot_io.bus import COMMAND, LATCHED, STATE, Bus, Services, open_bus
+from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, Bus, Services, open_bus
 from robot_io.core.chunk_buffer import Chunk
 from robot_io.core.diagnostics import LoopTiming
 from robot_io.core.guard import Guard, GuardConfig
@@ -176,10 +176,11 @@ class GuardNode:
         self._executed = bus.publisher(EXECUTED, chunk_type(self.robot), STATE)
         self._state = bus.publisher(GUARD_STATE, m.STRING, LATCHED)
         self._diagnostics = bus.publisher(DIAGNOSTICS, m.DIAGNOSTICS, STATE)
+        # best effort: only the newest state counts, and a lost one must not keep the next ones waiting for its repeat
         if joint or self.robot.gripper is not None:
-            self._subscribe(driver.joints_topic, m.JOINT_STATE, STATE, self._on_joints)
+            self._subscribe(driver.joints_topic, m.JOINT_STATE, SENSOR, self._on_joints)
         if not joint:
-            self._subscribe(driver.pose_topic, m.POSE, STATE, self._on_pose)
+            self._subscribe(driver.pose_topic, m.POSE, SENSOR, self._on_pose)
         for source, motion, gripper in (("policy", CHUNK, CHUNK_GRIPPER), ("teleop", TELEOP, TELEOP_GRIPPER)):
             self._subscribe(motion, chunk_type(self.robot), COMMAND, self._half(source, 0))
             if self.robot.gripper is not None:
