@@ -13,7 +13,7 @@ import pytest
 from fake_robot import EMBODIMENT, START, field
 
 from robot_io import messages as m
-from robot_io.bus import Stopper, Writer
+from robot_io.bus import SENSOR, STATE, Stopper, Writer
 from robot_io.bus_dds import message
 from robot_io.core.chunk_buffer import Chunk
 from robot_io.core.guard import Guard, GuardConfig
@@ -78,6 +78,7 @@ class Bus:
         self.name, self.time, self.wall, self.running = "guard", 50.0, T0, True
         self.sent, self.readers, self.timers, self.logged = defaultdict(list), defaultdict(list), [], []
         self.types, self.others, self.alive, self.services = {}, defaultdict(list), {}, {}
+        self.requested = {}
         self.mismatch, self.stopper = None, Stopper(self.log)
 
     def msg(self, type, **fields):
@@ -90,6 +91,7 @@ class Bus:
 
     def subscribe(self, topic, type, qos, callback):
         self.types.setdefault(topic, type)
+        self.requested[topic] = qos
         self.readers[topic].append(callback)
 
     def send(self, topic, sent):
@@ -671,6 +673,65 @@ def test_a_policy_that_must_not_act_is_held_and_says_why():
     assert state(rig, False, "no instruction", "R2")["state"] == "ARMED", "a human drives"
     state(rig, False, "no reaction")
     assert any("ok, reason and reaction" in text for _, text in rig.bus.logged)
+
+
+def policy_says(rig, ok, reason="", reaction=""):
+    values = {"ok": ok, "reason": reason, "reaction": reaction}
+    rig.bus.send(topics.POLICY_STATE, m.json_to_ros(message, values))
+
+
+def test_what_stood_before_arming_holds_if_the_policy_does_not_take_it_back():
+    rig = Rig(joint_arm())
+    policy_says(rig, False, "corner frozen: 5 identical images while the arm moved", "R2")
+    rig.run(5.0)
+    assert rig.arm()["state"] == "ARMED"
+    assert rig.run(0.9).said["state"] == "ARMED", "being asked to act may resolve it"
+    said = rig.run(0.2).said
+    assert (said["state"], said["reason"].split(":")[0]) == ("HOLDING", "policy")
+    assert "frozen" in said["reason"]
+    rig.run(2.0)
+    assert rig.said["state"] == "FAULT"
+    rig.run(0.3)
+    assert rig.arm()["state"] == "ARMED"
+    assert rig.run(1.1).said["state"] == "HOLDING", "and so it is after every arming, while it stands"
+
+
+def test_what_arming_resolves_holds_nothing():
+    rig = Rig(joint_arm())
+    policy_says(rig, False, "no observation: corner silent", "R2")
+    rig.arm()
+    rig.run(0.02)
+    policy_says(rig, True)
+    assert rig.run(3.0).said["state"] == "ARMED"
+    rig = Rig(joint_arm())
+    policy_says(rig, False, topics.NO_INSTRUCTION, "R2")
+    rig.arm()
+    assert rig.run(3.0).said["state"] == "ARMED", "somebody may still give one"
+    rig = Rig(joint_arm())
+    policy_says(rig, False, "the prediction failed: gone with its process", "R2")
+    rig.bus.alive[topics.CHUNK](0)
+    rig.arm()
+    assert rig.run(3.0).said["state"] == "ARMED", "a policy that is gone says nothing any more"
+
+
+def test_what_the_policy_said_while_a_human_drove_counts_once_it_is_handed_back():
+    rig = Rig(joint_arm())
+    rig.bus.send(topics.TAKEOVER, m.json_to_ros(message, {"active": True}))
+    rig.arm()
+    policy_says(rig, False, "the prediction failed: no memory", "R2")
+    assert rig.run(2.0).said["state"] == "ARMED"
+    rig.bus.send(topics.TAKEOVER, m.json_to_ros(message, {"active": False}))
+    assert rig.run(0.9).said["state"] == "ARMED"
+    said = rig.run(0.2).said
+    assert (said["state"], said["reason"]) == ("HOLDING", "policy: the prediction failed: no memory")
+
+
+@pytest.mark.parametrize(("arm", "topic"), [(joint_arm, "/joint_states"), (tool_arm, "/tool_pose")])
+def test_a_lost_state_does_not_keep_the_next_ones_waiting(arm, topic):
+    requested = Rig(arm()).bus.requested[topic]
+    assert not requested.reliable
+    assert STATE.satisfies(requested), "ros2_control's joint_state_broadcaster and the twin offer reliable"
+    assert SENSOR.satisfies(requested), "and a driver that offers best effort is understood, too"
 
 
 def test_qos_mismatches_are_said_in_log_and_diagnostics():

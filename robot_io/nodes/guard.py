@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 import numpy as np
 
 from robot_io import messages as m
-from robot_io.bus import COMMAND, LATCHED, STATE, Bus, Services, open_bus
+from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, Bus, Services, open_bus
 from robot_io.core.chunk_buffer import Chunk
 from robot_io.core.diagnostics import LoopTiming
 from robot_io.core.guard import Guard, GuardConfig
@@ -34,6 +34,7 @@ from robot_io.nodes.topics import (
     EXECUTED,
     GUARD_STATE,
     HEARTBEAT,
+    NO_INSTRUCTION,
     POLICY_STATE,
     PREFLIGHT,
     SPEED,
@@ -49,6 +50,7 @@ from robot_io.nodes.topics import (
 LOCAL = ("limits", "driver", "robot")  # of an embodiment: what a policy does not say about a robot
 WATCH_S = 0.05  # how often the command topic's writers are looked at: a second one is a fault within 200 ms
 STOP_S = 4.0  # after which the process leaves even if it still moves: the driver's timeout holds the arm then
+STANDING_S = 1.0  # that a policy gets, once it is asked to act, to take back what it said before
 SHOWN = 3  # differences that are named in one line
 UNKNOWN = "unknown"  # a contract of nobody
 
@@ -153,6 +155,8 @@ class GuardNode:
         self._preflight: Dict[str, Any] = {}  # the newest verdict
         self._problems: Dict[str, str] = {}  # what keeps it from arming, by topic
         self._mismatches: List[str] = []
+        self._standing: Optional[Tuple[str, str]] = None  # what keeps the policy from acting, and its reaction
+        self._asked = np.inf  # steady time since when it is asked to act, until what stood before then was heeded
         self._said: Dict[str, float] = {}  # error -> when it was logged
         self._strangers: Tuple[str, ...] = ()  # names of joint states that hold none of ours
         self._gripper: Optional[float] = None  # measured
@@ -176,10 +180,11 @@ class GuardNode:
         self._executed = bus.publisher(EXECUTED, chunk_type(self.robot), STATE)
         self._state = bus.publisher(GUARD_STATE, m.STRING, LATCHED)
         self._diagnostics = bus.publisher(DIAGNOSTICS, m.DIAGNOSTICS, STATE)
+        # best effort: only the newest state counts, and a lost one must not keep the next ones waiting for its repeat
         if joint or self.robot.gripper is not None:
-            self._subscribe(driver.joints_topic, m.JOINT_STATE, STATE, self._on_joints)
+            self._subscribe(driver.joints_topic, m.JOINT_STATE, SENSOR, self._on_joints)
         if not joint:
-            self._subscribe(driver.pose_topic, m.POSE, STATE, self._on_pose)
+            self._subscribe(driver.pose_topic, m.POSE, SENSOR, self._on_pose)
         for source, motion, gripper in (("policy", CHUNK, CHUNK_GRIPPER), ("teleop", TELEOP, TELEOP_GRIPPER)):
             self._subscribe(motion, chunk_type(self.robot), COMMAND, self._half(source, 0))
             if self.robot.gripper is not None:
@@ -303,7 +308,9 @@ class GuardNode:
             if listed and self.guard.state not in (State.ARMED, State.HOLDING):
                 raise ValueError(f"not armed: {'; '.join(listed)}")
             self._held_orientation = self._orientation
+            again = self.guard.state in (State.ARMED, State.HOLDING)
             self.guard.arm(self.bus.now())
+            self._asked = self._asked if again else self.bus.steady()
             self.refused, self._gripper_sent = "", None
         except ValueError as e:
             self.refused = str(e)
@@ -393,6 +400,7 @@ class GuardNode:
             self._wall += skew
             guard.on_clock_jump(skew, self._wall)
         self._wall += 0.01 * skew  # follow a clock that is being slewed, without a step in the stamps
+        self._heed(steady)
         self._send(self._wall, periods)
         self.timing.end(self.bus.steady())
 
@@ -591,6 +599,7 @@ class GuardNode:
         def on_liveliness(alive: int) -> None:
             if alive == 0 and source == "policy":
                 self._problems.pop(POLICY_STATE, None)  # what it said last no longer counts
+                self._standing = None
             if alive == 0 and self.guard.active == source:
                 self.guard.hold(f"the {'policy' if source == 'policy' else 'teleoperator'} is gone", self.bus.now())
                 self._show()
@@ -607,11 +616,23 @@ class GuardNode:
         if not isinstance(ok, bool) or (not ok and reaction not in ("R2", "R3")):
             raise ValueError(f"a policy's state has ok, reason and reaction (R2 or R3), got {values}")
         self._problems.pop(POLICY_STATE, None)
+        self._standing = None if ok else (reason, reaction)
         if not ok and reaction == "R3":
             self._problems[POLICY_STATE] = reason
         if not ok and self.guard.active == "policy":
             self.guard.on_problem(reason, reaction, self.bus.now())
         self._show()
+
+    def _heed(self, steady: float) -> None:
+        """React to what the policy said before it was asked to act and has not taken back since.
+
+        It gets a while: being asked resolves some of it (an image too old, a prediction to try again), and says so.
+        """
+        if steady - self._asked < STANDING_S or self.guard.active != "policy":
+            return
+        self._asked = np.inf
+        if self._standing is not None and not self._standing[0].endswith(NO_INSTRUCTION):  # somebody will give one
+            self.guard.on_problem(*self._standing, self.bus.now())
 
     def _on_takeover(self, message: Any) -> None:
         active = m.json_from_ros(message)["active"]
@@ -620,6 +641,7 @@ class GuardNode:
         if active:
             self.guard.take_over("teleop", self.bus.now())
         else:
+            self._asked = self.bus.steady() if self.guard.active != "policy" else self._asked
             self.guard.hand_back(self.bus.now())
         self.bus.log("info", f"{self.guard.active} is in control")
         self._show()

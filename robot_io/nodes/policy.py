@@ -26,6 +26,7 @@ from robot_io.nodes.topics import (
     GUARD_STATE,
     HEARTBEAT,
     INSTRUCTION,
+    NO_INSTRUCTION,
     POLICY_STATE,
     chunk_type,
     gripper_quantity,
@@ -325,7 +326,7 @@ class PolicyNode:
             silent = self._sync.latest(self.bus.now())[1]
             return f"no observation: {self._flushed or silent or self._reason}", "R2"
         if not self._instruction:
-            return f"no instruction on {INSTRUCTION}", "R2"
+            return NO_INSTRUCTION, "R2"
         if self._failed:
             return self._failed, "R2"
         return None

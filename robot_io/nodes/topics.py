@@ -30,6 +30,7 @@ APPROVE = "/dita/approve"  # operator -> guard: this chunk may go
 RECORD = "/dita/record"  # operator -> recorder
 RECORD_STATE = "/dita/record_state"  # recorder -> all, latched
 POLICY_STATE = "/dita/policy_state"  # policy -> guard, latched: whether it may act, and why not
+NO_INSTRUCTION = f"no instruction on {INSTRUCTION}"  # on POLICY_STATE: it waits for somebody, nothing is wrong
 PREFLIGHT = "/dita/preflight"  # preflight -> guard, latched
 DIAGNOSTICS = "/diagnostics"
 
