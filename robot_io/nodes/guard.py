@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
@@ -51,6 +52,7 @@ LOCAL = ("limits", "driver", "robot")  # of an embodiment: what a policy does no
 WATCH_S = 0.05  # how often the command topic's writers are looked at: a second one is a fault within 200 ms
 STOP_S = 4.0  # after which the process leaves even if it still moves: the driver's timeout holds the arm then
 STANDING_S = 1.0  # that a policy gets, once it is asked to act, to take back what it said before
+SETTLE_S = 0.5  # that discovery takes to find the others
 SHOWN = 3  # differences that are named in one line
 UNKNOWN = "unknown"  # a contract of nobody
 
@@ -698,7 +700,9 @@ def run(
     load_robot(embodiment)  # before anybody joins the graph
     config = GuardConfig(tick=1.0 / tick_hz, **limits)
     _take_priority()
-    serve(GuardNode(open_bus(name="guard", **bus), config, embodiment, require_preflight=require_preflight))
+    joined = open_bus(name="guard", **bus)
+    time.sleep(SETTLE_S)  # until it knows who else writes commands: nobody can arm it before
+    serve(GuardNode(joined, config, embodiment, require_preflight=require_preflight))
 
 
 def from_parameters(bus: Bus) -> GuardNode:
