@@ -289,6 +289,7 @@ class DemoConfig:
     train_experiment: str  # training recipe in configs/experiment
     eval_episodes: int  # unseen starts per task
     live_episodes: int  # in total; the tasks take turns
+    live_real_time_factor: float  # of every process's clock
 
 
 @dataclass(frozen=True)

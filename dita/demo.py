@@ -46,7 +46,7 @@ def demo_steps(config: DemoConfig) -> dict[str, list[str]]:
         "eval": ["eval", run, f"out={out}/eval", tasks, f"episodes={config.eval_episodes}", "--resume"],
         "live": [
             "robot", "live", f"checkpoint={run}", f"out={out}/live", tasks,
-            f"episodes={config.live_episodes}", "--overwrite",
+            f"episodes={config.live_episodes}", f"real_time_factor={config.live_real_time_factor}", "--overwrite",
         ],
         "report": ["report", out],
     }  # fmt: skip

@@ -393,10 +393,11 @@ class Operator:
 
 
 def play(operator: Operator, config: "LiveConfig", progress: Callable[[str], None]) -> List[Dict[str, Any]]:
-    """Play the episodes and return one record each."""
-    records = []
-    for episode in range(config.episodes):
-        task, seed = config.env.tasks[episode % len(config.env.tasks)], config.seed + episode // len(config.env.tasks)
+    """Play the episodes and return one record each, a task's together: another scene takes a second to load."""
+    records, tasks = [], config.env.tasks
+    turns = [(i % len(tasks), i // len(tasks)) for i in range(config.episodes)]
+    for episode, (turn, start) in enumerate(sorted(turns)):
+        task, seed = tasks[turn], config.seed + start
         operator.reset(episode, task, seed)
         begin = operator.bus.now()
         operator.until(lambda: operator.judge.tool_stamp > begin, READY_S, f"twin: {TOOL_POSE}")  # noqa: B023
