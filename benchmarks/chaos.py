@@ -638,10 +638,15 @@ def a12(trial: Trial) -> Expect:
     if where == "state":
         t0 = trial.rig.inject("twin", when="out", **outgoing(STATES, times=factor))
         trial.faulted(1.0)
+        if factor < 1:  # zero, or nearly: plausible as long as the arm is within the leash of it
+            caught = trial.rig.state == "FAULT"
+            note = f"a state of {factor:g} times itself {'stopped' if caught else 'NOT noticed'}"
+            return Expect(t0, stop=None, honest=False, note=note)
         return Expect(t0, "state|measured|workspace|unit|jump", bound=TICK_BOUND, state=("FAULT",), honest=False)
     t0 = trial.rig.inject("policy", when="out", **outgoing([t.CHUNK], times=factor))
     trial.stopped()
-    return Expect(t0, "range|limit|unit", bound=TICK_BOUND)
+    gross = "another unit" in trial.rig.guard.get("reason", "")
+    return Expect(t0, "range|limit|unit", bound=TICK_BOUND if gross else GOAL[1])
 
 
 def a13(trial: Trial) -> Expect:
@@ -1123,7 +1128,8 @@ PROMISES: dict[str, tuple[float | None, str, str]] = {  # row -> table A's bound
         "then do not follow their commands (twice the leash). NOT detected: two exchanged names while both joints read "
         "nearly the same; that is for the preflight, whose replay finds the joint order"),
     "A12": (0.01, "R3 in one tick; 0 commands outside",
-        f"30 ms: {SEEN}; for an action HOLDING is enough, as what is not grossly out is A10's"),
+        f"30 ms: {SEEN}; an action that is not beyond the limits by half their range (a delta: by ten ranges) is A10's: "
+        "HOLDING within 150 ms. A state of 0.001 times itself is noticed where it jumps by more than the leash"),
     "A13": (None, "refuse to arm on disagreement", "FAULT 1 s after the first gripper command that can show it"),
     "A14": (None, "refuse to load, name the field", "the guard refuses to arm, dita robot policy to start, by field"),
     "A15": (0.15, "R2: decelerates within 150 ms; R3", "the same"),

@@ -449,6 +449,18 @@ def test_a_hold_for_actions_far_out_of_range_ends_only_with_a_chunk_that_is_good
     arm.assert_inside()
 
 
+@pytest.mark.parametrize("space", ["joint", "cartesian", "pose"])
+@pytest.mark.parametrize(("excess", "gross"), [(0.9, False), (1.1, True)])
+def test_a_target_further_out_than_half_the_range_is_another_unit(space, excess, gross):
+    arm = Arm(embodiment(space, "absolute")).arm().run(0.1)
+    low, high = arm.guard._action_low[0], arm.guard._action_high[0]
+    values = np.tile(arm.ahead(0, 0.0, 1), (24, 1))
+    values[-1, 0] = high + excess * 0.5 * (high - low)
+    said = arm.offer(values)
+    assert ("another unit?" in (said or "")) == gross
+    assert (arm.state is State.FAULT) == gross
+
+
 @pytest.mark.parametrize(("space", "mode"), SPACES)
 def test_degrees_for_radians_are_a_fault_before_anything_moves(space, mode):
     arm = Arm(embodiment(space, mode)).arm().run(0.1)

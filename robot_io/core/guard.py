@@ -26,7 +26,7 @@ INSET = 1e-6  # [m or rad] that goals stay inside the position limits: more than
 HISTORY_S = 2.0  # how far back measured and sent positions are kept
 MAX_TICKS = 2  # a tick later than this many periods is an overrun
 GAP_S = 0.05  # after a longer pause the arm is taken to rest at the last command: drivers time out, readers start anew
-GROSS = 20.0  # half ranges beyond a field's limits: another unit, not a strange action
+GROSS = {"delta": 20.0, "absolute": 1.0}  # half ranges beyond a field's limits: another unit, not a strange action
 OUTSIDE = 0.02  # of a position's range that a measurement may be outside of it: calibration, soft stops
 JUMP_SPEEDS = 2.0  # times the speed limit, on top of the leash, that a measurement may move
 FRESH_S = 1.0  # after a jump of the clock, fresh state must come within this time
@@ -675,7 +675,7 @@ class Guard:
                 return self.hold(f"chunk: {problem}", now)
         excess = _excess(chunk.motion, self._action_low, self._action_high).max(axis=0)
         worst = int(np.argmax(excess))
-        if excess[worst] > GROSS:
+        if excess[worst] > GROSS[self.robot.motion.mode]:
             return self.fault(f"{self._axis(worst)} is {excess[worst]:.1f} half ranges out: another unit?", now)
         return None
 
