@@ -1115,8 +1115,8 @@ PROMISES: dict[str, tuple[float | None, str, str]] = {  # row -> table A's bound
         "450 ms: pictures count as frozen once the arm has moved by 10 mm, and the first repetition is a period late"),
     "A5": (0.1, "running: R3 within 100 ms; refuse to arm, naming both hosts",
         f"150 ms to the deceleration: {SEEN}. FAULT is required, but not within a time: stamps that jump back are held "
-        "first (A6) and fault after 1 s. 20 ms are tolerated (max_skew 50 ms) and must not stop it; a clock that is 60 ms "
-        "behind looks like a state that took 60 ms, which state_timeout (100 ms) allows"),
+        "first (A6) and fault after 1 s. 20 ms are tolerated (max_skew 50 ms) and must not stop it; a clock that is "
+        "60 ms behind looks like a state that took 60 ms, which state_timeout (100 ms) allows"),
     "A6": (0.1, "R2; only fresh data, within 1 s", f"150 ms: {SEEN}; that it goes on is not judged"),
     "A7": (0.1, "drop; none valid for 150 ms: as A3",
         "150 ms from the end of the last valid action; from the injection 1 s (ramp), 450 ms (rare), as the condition "
@@ -1132,8 +1132,8 @@ PROMISES: dict[str, tuple[float | None, str, str]] = {  # row -> table A's bound
         "then do not follow their commands (twice the leash). NOT detected: two exchanged names while both joints read "
         "nearly the same; that is for the preflight, whose replay finds the joint order"),
     "A12": (0.01, "R3 in one tick; 0 commands outside",
-        f"30 ms: {SEEN}; an action that is not beyond the limits by half their range (a delta: by ten ranges) is A10's: "
-        "HOLDING within 150 ms. A state of 0.001 times itself is noticed where it jumps by more than the leash"),
+        f"30 ms: {SEEN}; an action that is not beyond its limits by half their range (a delta: by ten ranges) is "
+        "A10's: HOLDING within 150 ms. A state of 0.001 times itself is noticed where it jumps by more than the leash"),
     "A13": (None, "refuse to arm on disagreement", "FAULT 1 s after the first gripper command that can show it"),
     "A14": (None, "refuse to load, name the field", "the guard refuses to arm, dita robot policy to start, by field"),
     "A15": (0.15, "R2: decelerates within 150 ms; R3", "the same"),
