@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -933,14 +934,11 @@ def test_a_pause_longer_than_a_driver_waits_begins_anew_at_rest():
 class Fingertip:
     """A plane arm for a kinematics: the tool is at (q0, q1, q2) / 2 m; a wall at x = 0.3."""
 
-    def tool(self, q):
-        return q[:3] / 2, np.array([1.0, 0, 0, 0])
+    def place(self, q):
+        return SimpleNamespace(arm=self, q=q, tools=q[:, :3] / 2, jacobian=lambda: np.eye(6, 7) / 2)
 
-    def jacobian(self, q):
-        return np.vstack([np.eye(3, 7) / 2, np.zeros((3, 7))])
-
-    def clearance(self, q, keep_out):
-        return float(0.3 - q[0] / 2), "finger and wall"
+    def way_clearance(self, way, finer, keep_out, margin):
+        return float(0.3 - way.q[:, 0].max() / 2), "finger and wall"
 
 
 def test_joints_brake_before_what_kinematics_says_is_near():

@@ -12,12 +12,13 @@ import os
 import re
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Any, Deque, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from robot_io.core.chunk_buffer import EARLY, Chunk, ChunkBuffer, Step
 from robot_io.core.diagnostics import Running
+from robot_io.core.kinematics import Placed
 from robot_io.core.limits import Envelope, Robot
 from robot_io.core.state_machine import State, StateMachine
 from robot_io.core.tracker import Motion, Tracker
@@ -32,6 +33,7 @@ JUMP_SPEEDS = 2.0  # times the speed limit, on top of the leash, that a measurem
 FRESH_S = 1.0  # after a jump of the clock, fresh state must come within this time
 SELF_CHECK_S = 1.0  # after a gripper command, within which the gripper's direction shows
 SELF_CHECK_MOVE = 0.1  # of the gripper's range: smaller moves show nothing
+WAY_PLACES = 4  # at which the way to rest is looked at first
 TOOL_SHARE = 0.95  # of the tool's speed limit, for joint commands: the Jacobian changes a little while they brake
 STOPS = ("protective_stop", "emergency_stop")  # driver modes in which nothing may be commanded
 NUMBER = re.compile(r"-?\d+\.\d+")  # measured values in a reason: its counter is one for all of them
@@ -495,41 +497,54 @@ class Guard:
         braking now ends outside of every obstacle.
         """
         motion = self.tracker.toward(goal, velocity)
-        if self._tool_speed(motion) > TOOL_SHARE * (self.robot.limits.max_speed or math.inf):
-            self._count("R1", "tool speed limited")
-            return None
-        for share in (0.5, 1.0) if self.robot.kinematics is not None or self.robot.limits.keep_out else ():
-            near = self._obstacle(self.tracker.stop(motion, share))
-            if near is not None:
-                self.hold(f"would come too near: {near}", time)
+        kinematics, keep_out, margin = self.robot.kinematics, self.robot.limits.keep_out, self.robot.limits.margin
+        if not np.all(np.isfinite(motion.configuration)):
+            return motion  # the envelope refuses it
+        if self.space.name == "cartesian":
+            near = _box_problem(self._stopping_positions(motion), keep_out, margin) if keep_out else None
+        elif kinematics is None:
+            return motion
+        else:
+            way = kinematics.place(self.tracker.way(motion, WAY_PLACES if motion.moving else 1))
+            if self._tool_speed(motion, way) > TOOL_SHARE * (self.robot.limits.max_speed or math.inf):
+                self._count("R1", "tool speed limited")
                 return None
+            near = self._arm_problem(way, lambda count: kinematics.place(self.tracker.way(motion, count)))
+        if near is not None:
+            self.hold(f"would come too near: {near}", time)
+            return None
         return motion
 
-    def _tool_speed(self, motion: Motion) -> float:
-        """Return the highest tool speed [m/s] of joints that begin to brake; 0 where the envelope bounds it itself."""
-        if self.robot.kinematics is None or self.space.name != "joint" or self.robot.limits.max_speed is None:
+    def _tool_speed(self, motion: Motion, way: Placed) -> float:
+        """Return the highest tool speed [m/s] of joints that begin to brake; 0 where nothing limits it."""
+        if self.robot.limits.max_speed is None:
             return 0.0
         v, a = motion.velocity, motion.acceleration
         peak = v + np.where(a * v > 0, a * np.abs(a) / (2 * self.bounds.jerk), 0.0)  # until the acceleration is gone
-        return float(np.linalg.norm(self.robot.kinematics.jacobian(motion.configuration)[:3] @ peak))
+        return float(np.linalg.norm(way.jacobian()[:3] @ peak))
+
+    def _stopping_positions(self, motion: Motion) -> np.ndarray:
+        """Return the tool's positions [k 3] m while it brakes, a margin or less from each other."""
+        end = self.tracker.stop(motion)[:3]
+        length = float(np.abs(end - motion.configuration[:3]).sum())
+        return self.tracker.way(motion, 2 + math.ceil(length / self.robot.limits.margin))[:, :3]
+
+    def _arm_problem(self, way: Placed, finer: Callable[[int], Placed]) -> Optional[str]:
+        """Name what an arm comes too near to on a way: a box, another link, the workspace's border."""
+        limits = self.robot.limits
+        if limits.workspace_low is not None:
+            outside = ((way.tools < limits.workspace_low) | (way.tools > limits.workspace_high)).any(axis=1)
+            if outside.any():
+                return f"the tool at {np.round(way.tools[outside][0], 3).tolist()} m outside the workspace"
+        distance, what = way.arm.way_clearance(way, finer, limits.keep_out, limits.margin)
+        return f"{distance:.3f} m between {what}" if distance < limits.margin else None
 
     def _obstacle(self, x: np.ndarray) -> Optional[str]:
-        """Name what a configuration is too near to: a box, another link, the workspace's border."""
-        limits, kinematics = self.robot.limits, self.robot.kinematics
+        """Name what a configuration at rest is too near to."""
         if self.space.name == "cartesian":
-            for low, high in limits.keep_out:
-                distance = float(np.linalg.norm(np.maximum(0.0, np.maximum(low - x[:3], x[:3] - high))))
-                if distance < limits.margin:
-                    return f"{distance:.3f} m between the tool and the keep-out box at {low.tolist()}"
-            return None
-        if kinematics is None:
-            return None
-        if limits.workspace_low is not None:
-            tool = kinematics.tool(x)[0]
-            if np.any(tool < limits.workspace_low) or np.any(tool > limits.workspace_high):
-                return f"the tool at {np.round(tool, 3).tolist()} m outside the workspace"
-        distance, what = kinematics.clearance(x, limits.keep_out)
-        return f"{distance:.3f} m between {what}" if distance < limits.margin else None
+            return _box_problem(x[None, :3], self.robot.limits.keep_out, self.robot.limits.margin)
+        kinematics = self.robot.kinematics
+        return None if kinematics is None else self._arm_problem(kinematics.place(x[None]), kinematics.place)
 
     # ---- the gripper
 
@@ -735,6 +750,15 @@ def _action_limits(robot: Robot) -> Tuple[np.ndarray, np.ndarray]:
     elif robot.rotation is not None:
         low, high = [*low, np.full(4, -np.inf)], [*high, np.full(4, np.inf)]
     return np.concatenate(low), np.concatenate(high)
+
+
+def _box_problem(positions: np.ndarray, keep_out: Sequence[Any], margin: float) -> Optional[str]:
+    """Name the first box that one of the tool's positions [k 3] m is too near to."""
+    for low, high in keep_out:
+        distance = float(np.linalg.norm(np.maximum(0.0, np.maximum(low - positions, positions - high)), axis=1).min())
+        if distance < margin:
+            return f"{distance:.3f} m between the tool and the keep-out box at {low.tolist()}"
+    return None
 
 
 def _excess(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ Source of the format: ROS URDF XML specification (robot, link, joint, collision)
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -17,6 +17,7 @@ import numpy as np
 MAX_BYTES = 10 * 2**20  # of a URDF: the largest public ones are below 1 MB
 MOVING = ("revolute", "continuous", "prismatic")
 TINY = 1e-12  # [m]
+MOST_PLACES = 64  # on a way: an arm that brakes over more margins than that cannot be looked at within a tick
 PARALLEL = 1e-12  # squared sine of an angle between two capsules' axes below which they count as parallel
 
 
@@ -107,18 +108,27 @@ class Kinematics:
 
     # ---- poses
 
+    def place(self, q: np.ndarray) -> "Placed":
+        """Return the arm at each of several joint positions q [k j]: what follows from one pass over the links."""
+        q = np.asarray(q, float)
+        if q.ndim != 2 or q.shape[1] != len(self.joints):
+            raise ValueError(f"kinematics: {len(self.joints)} joints ({', '.join(self.joints)}), got {q.shape}")
+        return Placed(self, q, self._poses(q))
+
     def fk(self, q: np.ndarray) -> Dict[str, np.ndarray]:
         """Return the pose [4 4] of every link at joint positions q [j]."""
-        return dict(zip(self.links, self._poses(q), strict=True))
+        return dict(zip(self.links, self.place(q[None]).poses[0], strict=True))
 
     def tool(self, q: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
         """Return the tool's position [m] and quaternion wxyz (w >= 0) at joint positions q [j]."""
-        pose = self._poses(q)[self._tool]
+        pose = self.place(q[None]).poses[0, self._tool]
         return pose[:3, 3].copy(), _quaternion(pose[:3, :3])
 
     def jacobian(self, q: np.ndarray) -> np.ndarray:
         """Return the tool's velocity per joint velocity, [6 j]: linear above angular, in the root's frame."""
-        poses = self._poses(q)
+        return self.place(q[None]).jacobian()
+
+    def _jacobian(self, poses: np.ndarray) -> np.ndarray:
         frames = poses[self._moving]
         axes = (frames[:, :3, :3] @ self._axes[:, :, None])[:, :, 0]
         arms = poses[self._tool][:3, 3] - frames[:, :3, 3]
@@ -129,21 +139,19 @@ class Kinematics:
         return np.hstack([linear, angular]).T
 
     def _poses(self, q: np.ndarray) -> np.ndarray:
-        q = np.asarray(q, float)
-        if q.shape != (len(self.joints),):
-            raise ValueError(f"kinematics: {len(self.joints)} joints ({', '.join(self.joints)}), got {q.shape}")
-        local = self._origins.copy()
-        motion = np.zeros((len(q), 4, 4))
-        angle = q[:, None, None]  # Rodrigues; a sliding joint's matrices are zero
-        motion[:, :3, :3] = np.eye(3) + np.sin(angle) * self._cross + (1 - np.cos(angle)) * self._cross2
-        motion[:, :3, 3] = q[:, None] * self._sliding
-        motion[:, 3, 3] = 1.0
-        local[self._moving - 1] = local[self._moving - 1] @ motion
-        poses = np.empty((len(self.links), 4, 4))
+        """Return poses [k l 4 4] at q [k j]."""
+        angle = q[:, :, None, None]  # Rodrigues; a sliding joint's matrices are zero
+        motion = np.zeros((*q.shape, 4, 4))
+        motion[:, :, :3, :3] = np.eye(3) + np.sin(angle) * self._cross + (1 - np.cos(angle)) * self._cross2
+        motion[:, :, :3, 3] = q[:, :, None] * self._sliding
+        motion[:, :, 3, 3] = 1.0
+        local = np.repeat(self._origins[:, None], len(q), axis=1)  # [l - 1, k 4 4]
+        local[self._moving - 1] = local[self._moving - 1] @ motion.swapaxes(0, 1)
+        poses = np.empty((len(self.links), len(q), 4, 4))
         poses[0] = np.eye(4)
         for i, parent in enumerate(self._parents):
             np.matmul(poses[parent], local[i], out=poses[i + 1])
-        return poses
+        return poses.swapaxes(0, 1)
 
     # ---- clearance
 
@@ -160,29 +168,94 @@ class Kinematics:
             keep_out: boxes as (low, high), [k 2 3] m, in the root's frame.
             floor: height of a plane [m]; everything below it is kept out.
         """
-        if not len(self._radii):
-            return math.inf, ""
-        poses = self._poses(q)[self._capsule_links]
-        ends = poses[:, :3, :3] @ self._ends + poses[:, :3, 3:]  # [c 3 2]
-        start, end = ends[:, :, 0], ends[:, :, 1]
-        found: List[Tuple[float, str]] = []
-        a, b = self._pairs
-        if len(a):
-            gaps = segment_distance(start[a], end[a], start[b], end[b]) - self._radii[a] - self._radii[b]
+        boxes, poses = np.asarray(keep_out, float).reshape(-1, 2, 3), self.place(q[None]).poses
+        gaps = self._gaps(poses, boxes)[0]
+        found = self._nearest(gaps, np.arange(len(gaps)), len(boxes))
+        if floor is not None and len(self._free):
+            heights = self._capsule_ends(poses)[0, self._free, 2]
+            gaps = heights.min(axis=1) - self._radii[self._free] - floor
             i = int(np.argmin(gaps))
-            found.append((float(gaps[i]), f"{self._names[a[i]]} and {self._names[b[i]]}"))
-        free = self._free
+            found = min(found, (float(gaps[i]), f"{self._names[self._free[i]]} and the floor"))
+        return found
+
+    def way_clearance(
+        self,
+        way: "Placed",
+        finer: Callable[[int], "Placed"],
+        keep_out: Union[np.ndarray, Sequence[Any]],
+        margin: float,
+    ) -> Tuple[float, str]:
+        """Return the smallest distance as `clearance` does, but along a way; exact only where it is below the margin.
+
+        Between two places a distance changes by no more than the joints move times how far they reach. What that does
+        not prove to stay above the margin is looked at again, so closely that it moves by about a margin from one place
+        to the next: nothing is jumped over.
+
+        Args:
+            way: places in their order, one if the arm rests.
+            finer: returns the same way in so many places.
+            keep_out: boxes as (low, high), [k 2 3] m.
+            margin: [m].
+        """
         boxes = np.asarray(keep_out, float).reshape(-1, 2, 3)
-        if len(boxes) and len(free):
-            which, box = np.repeat(free, len(boxes)), np.tile(np.arange(len(boxes)), len(free))
-            gaps = segment_box_distance(start[which], end[which], boxes[box, 0], boxes[box, 1]) - self._radii[which]
-            i = int(np.argmin(gaps))
-            found.append((float(gaps[i]), f"{self._names[which[i]]} and keep_out[{box[i]}]"))
-        if floor is not None and len(free):
-            gaps = np.minimum(start[free, 2], end[free, 2]) - self._radii[free] - floor
-            i = int(np.argmin(gaps))
-            found.append((float(gaps[i]), f"{self._names[free[i]]} and the floor"))
-        return min(found, default=(math.inf, ""))
+        reach = np.concatenate([self._pair_reach, np.repeat(self._reach[self._free], len(boxes), axis=0)])
+        change = np.abs(np.diff(way.q, axis=0)) @ reach.T  # [k - 1 m], at most
+        unsure = np.flatnonzero(self._apart(way.poses[0], boxes) - change.sum(axis=0) < margin)
+        gaps = self._gaps(way.poses, boxes, unsure)
+        found = self._nearest(gaps.min(axis=0), unsure, len(boxes))
+        if len(gaps) == 1 or found[0] < margin:
+            return found
+        close = (0.5 * (gaps[:-1] + gaps[1:] - change[:, unsure]) < margin).any(axis=0)
+        if not close.any():
+            return found
+        count = math.ceil(change[:, unsure[close]].sum(axis=0).max() / margin) + 1
+        gaps = self._gaps(finer(min(count, MOST_PLACES)).poses, boxes, unsure[close])
+        return min(found, self._nearest(gaps.min(axis=0), unsure[close], len(boxes)))
+
+    def _apart(self, poses: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+        """Return what the distances [m] of `_gaps` are at least at one place: those of balls around the capsules."""
+        pose, (a, b) = poses[self._capsule_links], self._pairs
+        centers = (pose[:, :3, :3] @ self._centers[:, :, None])[:, :, 0] + pose[:, :3, 3]
+        pairs = _norm(centers[a] - centers[b]) - self._balls[a] - self._balls[b]
+        if not len(boxes):
+            return pairs
+        free = centers[self._free, None]
+        beyond = _norm(np.maximum(0.0, np.maximum(boxes[:, 0] - free, free - boxes[:, 1])))
+        return np.concatenate([pairs, (beyond - self._balls[self._free, None]).ravel()])
+
+    def _capsule_ends(self, poses: np.ndarray) -> np.ndarray:
+        """Return [k c 3 2]."""
+        poses = poses[:, self._capsule_links]
+        return poses[..., :3, :3] @ self._ends + poses[..., :3, 3:]
+
+    def _gaps(self, poses: np.ndarray, boxes: np.ndarray, which: Optional[np.ndarray] = None) -> np.ndarray:
+        """Return the distances [k m] of the pairs of capsules, then of every free capsule to every box."""
+        ends, radii, count = self._capsule_ends(poses), self._radii, len(self._pairs[0])
+        start, end = ends[..., 0], ends[..., 1]
+        which = np.arange(count + len(self._free) * len(boxes)) if which is None else which
+        a, b = (side[which[which < count]] for side in self._pairs)
+        gaps = np.empty((len(poses), len(which)))
+        if len(a):
+            ab = (side.reshape(-1, 3) for side in (start[:, a], end[:, a], start[:, b], end[:, b]))
+            gaps[:, : len(a)] = segment_distance(*ab).reshape(-1, len(a)) - radii[a] - radii[b]
+        if len(which) > len(a):
+            free, box = np.divmod(which[len(a) :] - count, len(boxes))
+            c, rows = self._free[free], (len(poses), len(free), 3)
+            low, high = (np.broadcast_to(boxes[box, i], rows).reshape(-1, 3) for i in (0, 1))
+            found = segment_box_distance(start[:, c].reshape(-1, 3), end[:, c].reshape(-1, 3), low, high)
+            gaps[:, len(a) :] = found.reshape(-1, len(c)) - radii[c]
+        return gaps
+
+    def _nearest(self, gaps: np.ndarray, which: np.ndarray, boxes: int) -> Tuple[float, str]:
+        """Return the least of the gaps [m] and what it is between."""
+        if not len(gaps):
+            return math.inf, ""
+        i, (a, b) = int(np.argmin(gaps)), self._pairs
+        index = int(which[i])
+        if index < len(a):
+            return float(gaps[i]), f"{self._names[a[index]]} and {self._names[b[index]]}"
+        free, box = divmod(index - len(a), boxes)
+        return float(gaps[i]), f"{self._names[self._free[free]]} and keep_out[{box}]"
 
     def _set_capsules(
         self, index: Mapping[str, int], joints: Sequence[_Joint], capsules: Sequence[Capsule], ignore: Sequence[Any]
@@ -192,6 +265,8 @@ class Kinematics:
         self._radii = np.array([capsule.radius for capsule in capsules])
         self._capsule_links = np.array([index[name] for name in self._names], int)
         self._ends = np.array([np.stack([c.start, c.end], axis=1) for c in capsules]).reshape(-1, 3, 2)
+        self._centers = self._ends.mean(axis=2)
+        self._balls = self._radii + 0.5 * np.linalg.norm(self._ends[:, :, 1] - self._ends[:, :, 0], axis=1)
         body = [0]  # links that no joint moves against each other are one body
         above = {0: -1}  # body -> the one it hangs on
         for i, (joint, parent) in enumerate(zip(joints, self._parents, strict=True), start=1):
@@ -210,6 +285,44 @@ class Kinematics:
         ]
         self._pairs = tuple(np.array(pairs, int).reshape(-1, 2).T)
         self._free = np.array([i for i, b in enumerate(of) if b != 0], int)
+        self._reach = self._reaches(joints)
+        a, b = self._pairs
+        alone = (self._reach[a] > 0) != (self._reach[b] > 0)  # what moves both alike does not change their distance
+        self._pair_reach = np.where(alone, np.maximum(self._reach[a], self._reach[b]), 0.0)
+
+    def _reaches(self, joints: Sequence[_Joint]) -> np.ndarray:
+        """Return how far a capsule's axis moves at most for what a joint moves, [c j]: m/rad, or 1 if it slides."""
+        number = {i: j for j, i in enumerate(self._moving)}
+        reaches = np.zeros((len(self._radii), len(number)))
+        for c, link in enumerate(self._capsule_links):
+            away = float(np.linalg.norm(self._ends[c], axis=0).max())
+            while link:
+                joint = joints[link - 1]
+                if link in number:
+                    slides = joint.type == "prismatic"
+                    reaches[c, number[link]] = 1.0 if slides else max(away, TINY)
+                    away += max(abs(joint.low), abs(joint.high)) if slides else 0.0
+                away += float(np.linalg.norm(joint.origin[:3, 3]))
+                link = self._parents[link - 1]
+        return reaches
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """An arm at several joint positions; build it with `Kinematics.place`."""
+
+    arm: Kinematics
+    q: np.ndarray  # [k j]
+    poses: np.ndarray  # [k l 4 4]
+
+    @property
+    def tools(self) -> np.ndarray:
+        """Return the tool's positions [k 3] m."""
+        return self.poses[:, self.arm._tool, :3, 3]
+
+    def jacobian(self) -> np.ndarray:
+        """Return the tool's velocity per joint velocity at the first place, as `Kinematics.jacobian`."""
+        return self.arm._jacobian(self.poses[0])
 
 
 # ---- distances

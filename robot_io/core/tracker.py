@@ -82,11 +82,16 @@ class Tracker:
         """Return the motion after one period on the fastest path to rest."""
         return self._at_velocity(np.zeros(self.space.tangent)) if self.moving else self.motion
 
-    def stop(self, motion: Motion, share: float = 1.0) -> np.ndarray:
-        """Return where braking from a motion ends, or where it is after a share of its time."""
+    def stop(self, motion: Motion) -> np.ndarray:
+        """Return where braking from a motion ends."""
+        return self.way(motion, 2)[1]
+
+    def way(self, motion: Motion, count: int) -> np.ndarray:
+        """Return configurations [count n], about evenly along the way that braking from a motion takes, ends included."""
         self._plan_stop(motion)
-        position = self._path.at_time(share * self._path.duration)[0]
-        return self.space.retract(motion.configuration, np.array(position))
+        shares = 1 - np.sqrt(1 - np.linspace(0, 1, count))  # of the time: it slows down
+        positions = [self._path.at_time(share * self._path.duration)[0] for share in shares.tolist()]
+        return np.array([self.space.retract(motion.configuration, np.array(position)) for position in positions])
 
     def _inside(self, wanted: Motion) -> Motion:
         """Let each axis brake that could not stop inside its limits after the wanted step."""
