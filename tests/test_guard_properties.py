@@ -1,6 +1,7 @@
 """Whatever comes in, in every space: what goes out is finite and inside the envelope, says an independent checker."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ from guard_arm import SPACES, TICK, Arm, embodiment, home_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from robot_io.core.chunk_buffer import Chunk
+from robot_io.core.guard import Guard, GuardConfig
 from robot_io.core.state_machine import State
+from robot_io.nodes.guard import load_robot
 
 EVENTS = (
     *("good", "good", "good", "jump", "reverse", "nan", "inf", "huge", "gross", "small excess", "far excess", "gap"),
@@ -111,3 +115,49 @@ def test_what_goes_out_is_finite_and_inside_the_envelope(space, mode, events, se
     arm.assert_inside()
     if arm.state in (State.FAULT, State.HOLDING):
         assert not arm.guard.tracker.moving
+
+
+READY = np.array([0, -np.pi / 4, 0, -3 * np.pi / 4, 0, np.pi / 2, np.pi / 4])
+PANDA = Path(__file__).parent.parent / "configs" / "embodiment" / "robosuite_panda_joint.yaml"
+
+
+def boxes_around(kinematics, rng, count=3):
+    """Draw thin boxes near the tool, not yet too near."""
+    found = []
+    while len(found) < count:
+        size = rng.uniform(0.02, 0.5, 3)
+        size[rng.integers(3)] = rng.uniform(0.002, 0.02)
+        center = kinematics.tool(READY)[0] + rng.uniform(-0.35, 0.35, 3)
+        box = (center - size / 2, center + size / 2)
+        if kinematics.clearance(READY, [box])[0] > 0.012:
+            found.append(box)
+    return tuple(found)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_an_arm_that_is_driven_at_boxes_stops_a_centimetre_before(seed):
+    """Panda, joint commands, full speed toward random places: faults.md A23, every command that moves is looked at."""
+    rng = np.random.default_rng([23, seed])
+    robot = load_robot(PANDA)[0]
+    kinematics, boxes = robot.kinematics, boxes_around(robot.kinematics, rng)
+    robot = replace(robot, limits=replace(robot.limits, keep_out=boxes))
+    guard = Guard(robot, GuardConfig(TICK, 0.1, 0.1, 10.0, 0.05, 0.25))
+    goal = np.clip(READY + rng.uniform(-1.2, 1.2, 7), kinematics.low + 0.05, kinematics.high - 0.05)
+    now, x = 1e9, READY.copy()
+    guard.on_state(now, x)
+    guard.arm(now)
+    sent = []
+    for t in range(240):
+        if t % 32 == 0:
+            row = np.clip((goal - x) / 8, -0.1, 0.1)
+            guard.on_chunk(Chunk(now, robot.action_dt, np.tile(row, (12, 1)), np.full(12, 1.0), t + 1), now)
+        now += TICK
+        guard.on_state(now, x)
+        command, _ = guard.tick(now)
+        assert command is not None
+        x = command.configuration
+        sent.append(x)
+        if guard.state is State.HOLDING and not guard.tracker.moving:
+            break
+    assert np.abs(sent[-1] - READY).max() > 0.01, "it moved"
+    assert min(kinematics.clearance(q, boxes)[0] for q in sent[::2]) >= 0.01 - 1e-6

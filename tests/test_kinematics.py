@@ -326,3 +326,43 @@ def test_a_mesh_is_not_silently_left_out():
 def test_joints_of_another_number_are_refused():
     with pytest.raises(ValueError, match=r"7 joints \(panda_joint1, .*got \(6,\)"):
         PANDA.tool(np.zeros(6))
+
+
+@pytest.mark.parametrize("places", [2, 4])
+def test_a_thin_wall_between_two_places_of_a_way_is_not_jumped_over(places):
+    begin, end = HOME.copy(), HOME.copy()
+    begin[0], end[0] = -0.6, 0.6
+
+    def way(count):
+        return PANDA.place(np.linspace(begin, end, count))
+
+    tool, margin = PANDA.tool(HOME)[0], 0.01
+    half = np.array([0.05, 0.001, 0.05])
+    wall = [(tool - half, tool + half)]  # 2 mm, half way
+    assert min(PANDA.clearance(q, wall)[0] for q in (begin, end)) > 10 * margin
+    distance, what = PANDA.way_clearance(way(places), way, wall, margin)
+    assert distance < margin and what.endswith("keep_out[0]")
+    up = np.array([0.0, 0.0, 0.6])
+    aside = [(low + up, high + up) for low, high in wall]
+    closest = min(PANDA.clearance(q, aside)[0] for q in way(400).q)
+    assert PANDA.way_clearance(way(places), way, aside, margin)[0] >= margin < closest
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_way_is_clear_only_if_every_place_on_it_is(seed):
+    rng = np.random.default_rng([23, seed])
+    begin = HOME + rng.uniform(-0.5, 0.5, 7)
+    end = begin + rng.uniform(-0.15, 0.15, 7)
+
+    def way(count):
+        return PANDA.place(np.linspace(begin, end, count))
+
+    center = PANDA.tool(0.5 * (begin + end))[0] + rng.uniform(-0.15, 0.15, 3)
+    half = rng.uniform(0.001, 0.1, 3)
+    box, margin = [(center - half, center + half)], 0.02
+    truth = min(PANDA.clearance(q, box)[0] for q in way(200).q)
+    found = PANDA.way_clearance(way(4), way, box, margin)[0]
+    assert (found < margin) or truth >= margin - 1e-3, (
+        "what is too near must be found, but for what lies between places"
+    )
+    assert (found >= margin) or truth < margin

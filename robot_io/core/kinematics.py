@@ -112,7 +112,7 @@ class Kinematics:
         """Return the arm at each of several joint positions q [k j]: what follows from one pass over the links."""
         q = np.asarray(q, float)
         if q.ndim != 2 or q.shape[1] != len(self.joints):
-            raise ValueError(f"kinematics: {len(self.joints)} joints ({', '.join(self.joints)}), got {q.shape}")
+            raise ValueError(f"kinematics: {len(self.joints)} joints ({', '.join(self.joints)}), got {q.shape[-1:]}")
         return Placed(self, q, self._poses(q))
 
     def fk(self, q: np.ndarray) -> Dict[str, np.ndarray]:

@@ -87,7 +87,7 @@ class Tracker:
         return self.way(motion, 2)[1]
 
     def way(self, motion: Motion, count: int) -> np.ndarray:
-        """Return configurations [count n], about evenly along the way that braking from a motion takes, ends included."""
+        """Return configurations [count n], about evenly along the way of braking from a motion, ends included."""
         self._plan_stop(motion)
         shares = 1 - np.sqrt(1 - np.linspace(0, 1, count))  # of the time: it slows down
         positions = [self._path.at_time(share * self._path.duration)[0] for share in shares.tolist()]
