@@ -862,8 +862,10 @@ def test_broken_chunks_are_refused_by_what_is_wrong_with_them():
     rig.chunk(np.tile(rig.x, (4, 1)), gripper=1.0)
     rig.names = ["shoulder", "elbow"]
     rig.chunk(np.zeros((0, 2)), gripper=1.0)
+    rig.chunk(np.tile(rig.x, (1025, 1)), gripper=1.0)
     said = " ".join(text for _, text in rig.bus.logged)
     assert "missing elbow, unknown wrist" in said and "at least one point" in said
+    assert "a chunk of 1025 steps; at most 1024" in said
     tool = Rig(tool_arm())
     tool.chunk(np.zeros((4, 3)), frame="tool0")
     assert any("a chunk in frame 'tool0'; it must be 'base_link'" in text for _, text in tool.bus.logged)

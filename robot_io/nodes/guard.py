@@ -53,6 +53,7 @@ WATCH_S = 0.05  # how often the command topic's writers are looked at: a second 
 STOP_S = 4.0  # after which the process leaves even if it still moves: the driver's timeout holds the arm then
 STANDING_S = 1.0  # that a policy gets, once it is asked to act, to take back what it said before
 SETTLE_S = 0.5  # that discovery takes to find the others
+MOST_STEPS = 1024  # of a chunk
 SHOWN = 3  # differences that are named in one line
 UNKNOWN = "unknown"  # a contract of nobody
 
@@ -582,6 +583,8 @@ class GuardNode:
         self._halves[source] = [None, None]
         if source == "policy" and not self.hash:
             raise ValueError(f"a chunk before its contract on {CONTRACT}")
+        if len(motion.points) > MOST_STEPS:  # reading them would take the time of ticks
+            raise ValueError(f"a chunk of {len(motion.points)} steps; at most {MOST_STEPS}")
         delta = robot.motion.mode == "delta"
         if robot.space.name == "joint":
             quantity = "velocities" if delta else "positions"
