@@ -637,15 +637,19 @@ class Reader:
         new = stream["last"] is None or stream["envelope"].gaps > gaps
         speed = stream["envelope"].speed()
         if not twist:
-            self._on_stream(new, stream["last"], position)
+            self._on_stream(new, stream["last"], stamp, position)
         stream["last"] = (stamp, position, time.monotonic())
         self._keep(self.commands, writer, stamp, position, speed)
 
-    def _on_stream(self, new: bool, last: Any, position: np.ndarray) -> None:
-        """A stream begins at the measured position; one that is interrupted goes on within the limits of speed."""
+    def _on_stream(self, new: bool, last: Any, stamp: float, position: np.ndarray) -> None:
+        """A stream begins at the measured position; one that is interrupted goes on within the limits of speed.
+
+        For how long it was silent say the stamps, too: a reader that is behind sees the end of one stream and the
+        begin of the next at once.
+        """
         if not new:
             return
-        pause = np.inf if last is None else time.monotonic() - last[2]
+        pause = np.inf if last is None else max(time.monotonic() - last[2], stamp - last[0])
         if (
             last is not None
             and pause < SILENT_S
