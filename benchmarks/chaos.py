@@ -615,15 +615,16 @@ def delete_key(stats: dict[str, Any]) -> None:
 
 def a11(trial: Trial) -> Expect:
     """Joints in another order, missing, unknown or twice, while running; mislabelled ones are the preflight's."""
-    t0 = trial.rig.inject("twin", when="out", **outgoing([JOINTS], names=trial.variant))
-    if trial.variant == "permute":  # names and values alike: another order means nothing
+    known = trial.rig.robot == "joints"  # the guard needs every joint's name; a point's gripper is the policy's alone
+    how = trial.variant if known or trial.variant != "swap" else "drop"  # a point has one joint
+    t0 = trial.rig.inject("twin", when="out", **outgoing([JOINTS], names=how))
+    if how == "permute":  # names and values alike: another order means nothing
         trial.rig.spin(0.8)
         return Expect(t0, stop=False)
-    known = trial.rig.robot == "joints"  # the guard needs every joint's name; a point's gripper is the policy's alone
-    if trial.variant == "add" and not known:
+    if how == "add" and not known:
         trial.rig.spin(0.8)
         return Expect(t0, stop=None, note="added to a point's gripper: nobody's")
-    if trial.variant == "swap":  # the values are plausible: only what does not follow its commands can show it
+    if how == "swap":  # the values are plausible: only what does not follow its commands can show it
         trial.stopped(2.0)
         caught = trial.rig.state in ("HOLDING", "FAULT", "IDLE")
         return Expect(
