@@ -52,6 +52,7 @@ LOCAL = ("limits", "driver", "robot")  # of an embodiment: what a policy does no
 WATCH_S = 0.05  # how often the command topic's writers are looked at: a second one is a fault within 200 ms
 STOP_S = 4.0  # after which the process leaves even if it still moves: the driver's timeout holds the arm then
 STANDING_S = 1.0  # that a policy gets, once it is asked to act, to take back what it said before
+DIAGNOSE_S = 0.5  # so that what was dropped is named within a second
 SETTLE_S = 0.5  # that discovery takes to find the others
 MOST_STEPS = 1024  # of a chunk
 SHOWN = 3  # differences that are named in one line
@@ -211,7 +212,7 @@ class GuardNode:
         self._anchor()
         bus.timer(self.config.tick, self._tick)
         bus.timer(WATCH_S, self._watch)
-        bus.timer(1.0, self._diagnose)
+        bus.timer(DIAGNOSE_S, self._diagnose)
         bus.log("info", f"guarding {self.robot.name}: {driver.command} on {driver.command_topic}")
         self._show()
 
