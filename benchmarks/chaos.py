@@ -271,7 +271,7 @@ class Rig:
         self.until(lambda: self.state == "IDLE", 8.0, "disarm", lambda: self.arm(False))
 
     def armed(self, timeout_s: float = 20.0) -> float:
-        """Arm, again and again until it works, and return how long it took; disarm first where the guard asks for it."""
+        """Arm, again and again until it works, and return how long it took; disarm where the guard asks for that."""
 
         def again() -> None:
             self.arm("disarm, and" not in self.guard.get("refused", "") or self.state == "IDLE")
