@@ -855,6 +855,29 @@ def test_a_speed_that_makes_no_sense_changes_nothing(scale):
     assert any("message refused on /dita/speed" in text for _, text in rig.bus.logged)
 
 
+@pytest.mark.parametrize("topic", [topics.CHUNK, topics.CHUNK_GRIPPER])
+def test_halves_that_are_repeated_late_keep_no_others_from_meeting(topic):
+    rig = Rig(joint_arm())
+    rig.arm()
+    sent = {name: [] for name in (topics.CHUNK, topics.CHUNK_GRIPPER)}
+    send = rig.bus.send
+
+    def between(name, message):  # the other half of an old chunk comes between the halves of each new one
+        send(name, message)
+        if name in sent:
+            sent[name].append(message)
+        if name == topics.CHUNK_GRIPPER:
+            for old in sent[topic][-7:-1]:
+                send(topic, old)
+
+    rig.bus.send = between
+    for i in range(12):
+        rig.chunk(np.tile(rig.x, (4, 1)), gripper=1.0, id=i + 1)
+        rig.run(0.05)
+    assert rig.node.guard.buffer.counts["chunks"] == 12 and rig.said["state"] == "ARMED"
+    assert sum(len(waiting) for waiting in rig.node._halves.values()) <= 16
+
+
 def test_broken_chunks_are_refused_by_what_is_wrong_with_them():
     rig = Rig(joint_arm())
     rig.arm()

@@ -55,6 +55,7 @@ STANDING_S = 1.0  # that a policy gets, once it is asked to act, to take back wh
 DIAGNOSE_S = 0.5  # so that what was dropped is named within a second
 SETTLE_S = 0.5  # that discovery takes to find the others
 MOST_STEPS = 1024  # of a chunk
+HALVES = 8  # of chunks that wait for the other half
 SHOWN = 3  # differences that are named in one line
 UNKNOWN = "unknown"  # a contract of nobody
 
@@ -167,7 +168,7 @@ class GuardNode:
         self._orientation = np.array(m.IDENTITY)  # measured; kept where the action has no rotation
         self._held_orientation = self._orientation
         self._gripper_sent: Optional[float] = None
-        self._halves: Dict[str, List[Any]] = {}  # source -> its newest motion and gripper, until both are there
+        self._halves: Dict[Tuple[str, int], Dict[float, Any]] = {}  # motions and grippers by stamp
         self._stopping = False
         self._leave_at = np.inf
         self._sending = False
@@ -569,19 +570,24 @@ class GuardNode:
 
     def _half(self, source: str, which: int) -> Callable[[Any], None]:
         def on_half(message: Any) -> None:
-            self._halves.setdefault(source, [None, None])[which] = message
-            self._on_chunk(source)
+            """Wait for the other half, and hand over both once. Repeated or late ones keep no others from meeting."""
+            if self.robot.gripper is None:
+                self._on_chunk(source, message, None)
+                return
+            stamp, mine = m.stamp_of(message), self._halves.setdefault((source, which), {})
+            other = self._halves.setdefault((source, 1 - which), {}).pop(stamp, None)
+            if other is not None:
+                self._on_chunk(source, *((message, other) if which == 0 else (other, message)))
+                return
+            mine[stamp] = message
+            if len(mine) > HALVES:
+                del mine[next(iter(mine))]  # the first that came
 
         return on_half
 
-    def _on_chunk(self, source: str) -> None:
-        """Hand a chunk to the guard once its halves are both there, and only once."""
-        robot, (motion, gripper) = self.robot, self._halves[source]
-        if motion is None:
-            return
-        if robot.gripper is not None and (gripper is None or m.stamp_of(gripper) != m.stamp_of(motion)):
-            return
-        self._halves[source] = [None, None]
+    def _on_chunk(self, source: str, motion: Any, gripper: Any) -> None:
+        """Hand a chunk to the guard."""
+        robot = self.robot
         if source == "policy" and not self.hash:
             raise ValueError(f"a chunk before its contract on {CONTRACT}")
         if len(motion.points) > MOST_STEPS:  # reading them would take the time of ticks
