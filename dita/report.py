@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,11 @@ def _evaluation(demo: Demo) -> str:
         ax.legend()
 
     def draw_solved(ax: Axes) -> None:
-        for (task, _), (colour, line) in zip(e["tasks"].items(), STYLES, strict=False):
-            _solved_by_step(ax, [ep for ep in demo.episodes if ep["task"] == task], task, colour, line)
+        groups = {task: [ep for ep in demo.episodes if ep["task"] == task] for task in e["tasks"]}
+        if len(groups) > len(STYLES):
+            groups = {f"all {len(groups)} tasks": demo.episodes}
+        for (name, episodes), (colour, line) in zip(groups.items(), STYLES, strict=False):
+            _solved_by_step(ax, episodes, name, colour, line)
         ax.set(ylim=(0, 1.02))
         ax.legend(loc="lower right")
 
@@ -390,19 +394,22 @@ def _several(demos: Sequence[Demo]) -> str:
     at = [int(steps[i]) for i in order] if known else list(range(1, len(order) + 1))
 
     def draw_learning(ax: Axes) -> None:
-        tasks = list(dict.fromkeys(task for _, e in infos for task in e["tasks"]))
-        for task, (colour, line) in zip(tasks, STYLES, strict=False):
-            points = [
-                (x, infos[i][1]["tasks"][task]) for x, i in zip(at, order, strict=True) if task in infos[i][1]["tasks"]
-            ]
-            x, rates = [p[0] for p in points], [p[1] for p in points]
-            ax.plot(x, [r["success_rate"] for r in rates], color=colour, linestyle=line, marker="o", label=task)
-            ax.fill_between(x, *zip(*(r["interval"] for r in rates), strict=True), color=colour, alpha=0.15)
+        curves: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+        for x, i in zip(at, order, strict=True):
+            e = infos[i][1]
+            rates = e["tasks"] if len(e["tasks"]) <= len(STYLES) else {"mean over tasks": e["macro"]}
+            for name, r in rates.items():
+                curves.setdefault(name, []).append((x, r))
+        for (name, points), (colour, line) in zip(curves.items(), cycle(STYLES), strict=False):
+            x, rates = zip(*points, strict=True)
+            ax.plot(x, [r["success_rate"] for r in rates], color=colour, linestyle=line, marker="o", label=name)
+            low, high = zip(*(r["interval"] for r in rates), strict=True)
+            ax.fill_between(x, low, high, color=colour, alpha=0.15)
         ax.set(ylim=(-0.02, 1.02), **({} if known else {"xticks": at}))
         ax.legend(loc="lower right")
 
     def draw_solved(ax: Axes) -> None:
-        for name, (demo, _), (colour, line) in zip(names, infos, STYLES, strict=False):
+        for name, (demo, _), (colour, line) in zip(names, infos, cycle(STYLES), strict=False):
             _solved_by_step(ax, demo.episodes, name, colour, line)
         ax.set(ylim=(0, 1.02))
         ax.legend(loc="lower right")

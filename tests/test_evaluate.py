@@ -216,13 +216,12 @@ def test_a_cluster_plays_what_one_process_plays(tmp_path):
     """The protocol of the fan-out, with a stand-in for Ray that works in this process."""
     policy = make_policy(SPEC)
     env = EnvConfig("metaworld", "metaworld_sawyer", (BUTTON,), max_steps=7, fast_render=True)
-    config = eval_config(tmp_path, env=env, episodes=3, videos=1)
+    config = eval_config(tmp_path, env=env, episodes=2, videos=1, n_envs=1)
     expected, films = evaluate(policy, config, exist="error"), contents(tmp_path / "eval" / "videos")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "ray", FakeRay())
-        for workers in (1, 2, 5):
-            result = evaluate(policy, replace(config, ray="auto", ray_workers=workers), exist="overwrite")
-            assert outcomes(result) == outcomes(expected) and contents(tmp_path / "eval" / "videos") == films
+        result = evaluate(policy, replace(config, ray="auto", ray_workers=5), exist="overwrite")
+        assert outcomes(result) == outcomes(expected) and contents(tmp_path / "eval" / "videos") == films
         (tmp_path / "eval").rename(tmp_path / "whole")
         patch.setattr(FakeRay, "CPUS", 1)
         with pytest.raises(ValueError, match="ray_workers=2 need as many CPUs, the cluster has 1"):
@@ -295,7 +294,7 @@ def test_ray_itself_plays_what_one_process_plays(tmp_path):
     pytest.importorskip("ray", reason="pip install 'dita[cluster]'")
     policy = make_policy(SPEC)
     env = EnvConfig("metaworld", "metaworld_sawyer", (BUTTON,), max_steps=7, fast_render=True)
-    config = eval_config(tmp_path, env=env, episodes=3, videos=1, n_envs=1)
+    config = eval_config(tmp_path, env=env, episodes=2, videos=1, n_envs=1)
     expected, films = evaluate(policy, config, exist="error"), contents(tmp_path / "eval" / "videos")
     result = evaluate(policy, replace(config, ray="local", ray_workers=2), exist="overwrite")
     assert outcomes(result) == outcomes(expected) and contents(tmp_path / "eval" / "videos") == films
