@@ -22,7 +22,7 @@ from benchmarks.harness import OTHERS, Case, busy_cores
 from dita.cli import compose
 from dita.config import EvalConfig, TrainConfig
 from dita.embodiment import load_embodiment
-from dita.envs.rollout import EpisodeResult, Player, Rules, Start, Timing, noise_seed, rollout
+from dita.envs.rollout import PLAIN, EpisodeResult, Player, Start, Timing, noise_seed, rollout
 from dita.normalize import fit
 from dita.policy.policy import DitaPolicy
 from dita.preprocess import make_contract
@@ -113,9 +113,9 @@ def _policy(tier: str) -> DitaPolicy:
     return DitaPolicy(config.policy, config.diffusion, contract).eval().requires_grad_(False)
 
 
-def _rules(policy: DitaPolicy, n_action_steps: int | None = None) -> Rules:
+def _timing(policy: DitaPolicy, n_action_steps: int | None = None) -> Timing:
     spec = load_embodiment("metaworld_sawyer")
-    return Rules(Timing.of(spec, policy.config.n_obs_steps, n_action_steps or policy.config.n_action_steps))
+    return Timing.of(spec, policy.config.n_obs_steps, n_action_steps or policy.config.n_action_steps)
 
 
 def _together(
@@ -125,7 +125,7 @@ def _together(
     timed, began = Timed(policy), time.perf_counter()
     sizes = {"n_envs": config.n_envs, "batch_size": config.batch_size}
     played, last = [], began
-    for episode in rollout(timed, config.env, config.env.embodiment, starts, _rules(policy), **sizes):
+    for episode in rollout(timed, config.env, config.env.embodiment, starts, _timing(policy), **sizes):
         played.append(episode)
         last = time.perf_counter()
     return last - timed.began, timed.seconds, timed.began - began, played
@@ -133,7 +133,7 @@ def _together(
 
 def _simulation(policy: DitaPolicy, config: EvalConfig, starts: Sequence[Start]) -> tuple[float, list[EpisodeResult]]:
     """Return the core-seconds of physics and rendering after the first policy call, and the episodes."""
-    player, seconds, played = Player(config.env, _rules(policy)), 0.0, []
+    player, seconds, played = Player(config.env, _timing(policy), PLAIN), 0.0, []
     for i, start in enumerate(starts):
         cpu = time.process_time()
         turn, calls = player.start(start), 0
@@ -151,7 +151,7 @@ def _simulation(policy: DitaPolicy, config: EvalConfig, starts: Sequence[Start])
 
 def _one_by_one(policy: DitaPolicy, config: EvalConfig, starts: Sequence[Start]) -> float:
     """Return wall seconds per control step of one environment, batch 1, one action per inference, starts left out."""
-    player, seconds, steps = Player(config.env, _rules(policy, 1)), 0.0, 0
+    player, seconds, steps = Player(config.env, _timing(policy, 1), PLAIN), 0.0, 0
     for start in starts:
         turn, calls = player.start(start), 0
         wall = time.perf_counter()

@@ -118,7 +118,8 @@ def evaluate(
     check_tasks(config.env)
     check_instructions(config.env, config.perturb)
     spec = load_embodiment(config.env.embodiment)
-    rules = _rules(policy, config, spec)
+    timing = _timing(policy, config, spec)
+    rules = Rules(config.guard, config.temporal_ensembling, config.perturb)
     if isinstance(policy, DitaPolicy):
         policy.contract.check_embodiment(spec)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
@@ -130,10 +131,10 @@ def evaluate(
     with _progress() as progress, (out / "episodes.jsonl").open("a") as lines:
         bar = progress.add_task("eval", total=len(done) + len(todo), completed=len(done), rate=_running(done))
         sizes = {"n_envs": config.n_envs, "batch_size": config.batch_size}
-        options: Any = {**sizes, "num_inference_steps": config.num_inference_steps}
+        options: Any = {**sizes, "num_inference_steps": config.num_inference_steps, "rules": rules}
         cluster = {"ray": ray, "workers": config.ray_workers, "threads": config.threads}
         play, more = (rollout, {}) if ray is None or not todo else (fan_out, cluster)
-        episodes = play(policy, config.env, spec.name, todo, rules, **options, **more)
+        episodes = play(policy, config.env, spec.name, todo, timing, **options, **more)
         for episode in episodes:
             lines.write(canonical_json(asdict(episode)) + "\n")
             lines.flush()
@@ -204,7 +205,7 @@ def fingerprint() -> dict[str, Any]:
     }
 
 
-def _rules(policy: DitaPolicy | Baseline, config: EvalConfig, spec: EmbodimentSpec) -> Rules:
+def _timing(policy: DitaPolicy | Baseline, config: EvalConfig, spec: EmbodimentSpec) -> Timing:
     learned = isinstance(policy, DitaPolicy)
     steps = config.n_action_steps or (policy.config if learned else policy).n_action_steps
     if learned and steps > policy.config.chunk_size:
@@ -216,8 +217,7 @@ def _rules(policy: DitaPolicy | Baseline, config: EvalConfig, spec: EmbodimentSp
         )
     if config.temporal_ensembling is not None:
         Ensemble(spec, config.temporal_ensembling)  # refuses fields that it cannot average
-    timing = Timing.of(spec, policy.config.n_obs_steps if learned else 1, steps)
-    return Rules(timing, config.guard, config.temporal_ensembling, config.perturb)
+    return Timing.of(spec, policy.config.n_obs_steps if learned else 1, steps)
 
 
 def _starts(config: EvalConfig, out: Path) -> list[Start]:

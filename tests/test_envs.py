@@ -26,7 +26,7 @@ from dita.envs.base import RobotEnv, WithImages
 from dita.envs.collect import HOLD_STEPS, collect, demonstrate
 from dita.envs.ensemble import Ensemble
 from dita.envs.perturb import Perturbation, check_instructions, sentence
-from dita.envs.rollout import EpisodeResult, Player, Rules, Start, Timing, rollout
+from dita.envs.rollout import PLAIN, EpisodeResult, Player, Start, Timing, rollout
 from dita.envs.video import write_mp4
 from dita.envs.workers import Worker
 from dita.types import ActionChunk
@@ -435,7 +435,7 @@ def starts(tmp_path: Path, n: int = 4, record: int = 0) -> list[Start]:
 
 def run(policy, starts: list[Start], n_envs: int, batch_size: int = 4, max_steps: int = 18) -> list[EpisodeResult]:
     env, timing = replace(ENV, max_steps=max_steps), Timing(2, 4, 8)
-    results = rollout(policy, env, SPEC.name, starts, Rules(timing), n_envs=n_envs, batch_size=batch_size)
+    results = rollout(policy, env, SPEC.name, starts, timing, n_envs=n_envs, batch_size=batch_size)
     done = [replace(r, latency=()) for r in results]
     return sorted(done, key=lambda r: (r.task, r.index))
 
@@ -475,7 +475,7 @@ def test_an_action_that_is_not_finite_fails_its_episode_only(tmp_path):
 
 def test_a_warning_of_the_simulator_fails_the_episode(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
-    player = Player(ENV, Rules(Timing(1, 4, 8)))
+    player = Player(ENV, Timing(1, 4, 8), PLAIN)
     assert player.start(Start(BUTTON, 0, 0, None)).ended is None
     player._env._env.data.qvel[:] = 1e12  # pyright: ignore
     ended = player.run(np.zeros((8, 4), np.float32)).ended

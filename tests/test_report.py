@@ -71,7 +71,7 @@ def play(start: Start, success: bool) -> EpisodeResult:
     return EpisodeResult(start.task, start.index, start.seed, f"{start.name}", success, reason, 24, 3, (0.05, 0.07), {})
 
 
-def fake_rollout(policy, env, embodiment, starts, rules, **options) -> Iterator[EpisodeResult]:
+def fake_rollout(policy, env, embodiment, starts, timing, **options) -> Iterator[EpisodeResult]:
     return (play(start, success=start.index != 1) for start in starts)
 
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dita.config import EnvConfig
-from dita.envs.rollout import BatchPolicy, EpisodeResult, Rules, Start, rollout
+from dita.envs.rollout import BatchPolicy, EpisodeResult, Start, Timing, rollout
 
 
 def connect(address: str, workers: int) -> Any:
@@ -49,7 +49,7 @@ def fan_out(
     env: EnvConfig,
     embodiment: str,
     starts: Sequence[Start],
-    rules: Rules,
+    timing: Timing,
     *,
     ray: Any,
     workers: int,
@@ -77,7 +77,7 @@ def fan_out(
         shared = ray.put(policy)
         by_key = {(s.task, s.index): s for s in starts}
         plays = [share.play.options(num_returns="streaming") for share in shares]
-        streams = [p.remote(shared, env, embodiment, starts[i::workers], rules, options) for i, p in enumerate(plays)]
+        streams = [p.remote(shared, env, embodiment, starts[i::workers], timing, options) for i, p in enumerate(plays)]
         while streams:
             (stream,), _ = ray.wait(streams, num_returns=1)
             try:
@@ -115,7 +115,7 @@ class Share:
         env: EnvConfig,
         embodiment: str,
         starts: Sequence[Start],
-        rules: Rules,
+        timing: Timing,
         options: Mapping[str, Any],
     ) -> Iterator[tuple[EpisodeResult, dict[str, bytes]]]:
         """Play the starts; yield each episode with what was filmed of it, by file name."""
@@ -124,7 +124,7 @@ class Share:
             here = [
                 replace(s, record=s.record and at[s.task], picture=s.picture and at[s.task]) for s in starts
             ]  # fmt: skip
-            for episode in rollout(policy, env, embodiment, here, rules, **options):
+            for episode in rollout(policy, env, embodiment, here, timing, **options):
                 films = sorted(Path(at[episode.task]).glob(f"episode_{episode.index}_*"))
                 yield episode, {film.name: film.read_bytes() for film in films}
 

@@ -31,18 +31,16 @@ def check_instructions(env: EnvConfig, perturb: PerturbConfig) -> None:
     Raises:
         ValueError: with what the suite has.
     """
-    for task in env.tasks:
+    for task in env.tasks if perturb.instruction != "given" else ():
         sentence(env, task, perturb, 0)
 
 
 def sentence(env: EnvConfig, task: str, perturb: PerturbConfig, start: int) -> str:
-    """Return what an episode of `task` from the seed `start` is told to do; raises as `check_instructions`.
+    """Return what an episode of `task` from the seed `start` is told instead; raises as `check_instructions`.
 
     swapped: the suite's own swapped sentence, or else that of the next of env.tasks.
     """
     suite, kind = suite_module(env.suite), perturb.instruction
-    if kind == "given":
-        return suite.INSTRUCTIONS[task]
     if kind == "blank":
         return BLANK
     if kind == "paraphrased":
@@ -74,7 +72,8 @@ class Perturbation:
             ValueError: the suite's cameras, sentences or actions do not allow it.
         """
         p = self.perturb
-        env.instruction = sentence(self.config, env.task, p, start)
+        if p.instruction != "given":
+            env.instruction = sentence(self.config, env.task, p, start)
         if p.start:
             _displace(env, p.start, _draws(p, START, start))
         if not (p.camera_shift or p.camera_turn or p.light or p.texture):

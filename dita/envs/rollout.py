@@ -129,19 +129,21 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rules:
-    """How episodes are played."""
+    """What else episodes are played by."""
 
-    timing: Timing
     guard: bool = False  # the robot's guard stands between chunks and environment; its faults end an episode
     temporal_ensembling: float | None = None  # decay of `dita.envs.ensemble`
     perturb: PerturbConfig | None = None
 
 
+PLAIN = Rules()
+
+
 class Player:
     """Lives in a worker process: plays one episode after the other, chunk by chunk."""
 
-    def __init__(self, config: EnvConfig, rules: Rules) -> None:
-        self.config, self.rules, self.timing = config, rules, rules.timing
+    def __init__(self, config: EnvConfig, timing: Timing, rules: Rules) -> None:
+        self.config, self.timing, self.rules = config, timing, rules
         self._env: RobotEnv | None = None
         self._perturbation = None if rules.perturb is None else Perturbation(config, rules.perturb)
 
@@ -210,7 +212,7 @@ class Player:
         success = reason == "success"
         if self._recorder:
             self._recorder.write(success)
-        elif self._start.picture is not None and not success:
+        elif self._start.picture is not None and not success and env.embodiment.cameras:
             from matplotlib.image import imsave  # not in every worker's start
 
             path = Path(self._start.picture) / f"episode_{self._start.index}_failure.jpg"
@@ -276,11 +278,12 @@ def rollout(
     env: EnvConfig,
     embodiment: str,
     starts: Sequence[Start],
-    rules: Rules,
+    timing: Timing,
     *,
     n_envs: int,
     batch_size: int,
     num_inference_steps: int | None = None,
+    rules: Rules = PLAIN,
 ) -> Iterator[EpisodeResult]:
     """Play every start and yield the results as they end.
 
@@ -292,7 +295,7 @@ def rollout(
         ValueError: unknown task, a policy that does not fit, or a chunk shorter than n_action_steps.
     """
     waiting = deque(starts)
-    workers = [Worker(Player, env, rules) for _ in range(min(n_envs, len(starts)))]
+    workers = [Worker(Player, env, timing, rules) for _ in range(min(n_envs, len(starts)))]
     playing: dict[Worker, _Playing] = {}
     ready: dict[Worker, Sequence[RawObservation]] = {}  # those of them that wait for the policy
     try:
@@ -320,7 +323,7 @@ def rollout(
             seconds = time.perf_counter() - began
             for worker, chunk in zip(group, chunks, strict=True):
                 playing[worker].latency.append(seconds)
-                worker.call(playing[worker].start.name, "run", _values(chunk, rules.timing))
+                worker.call(playing[worker].start.name, "run", _values(chunk, timing))
     finally:
         for worker in workers:
             worker.close()
