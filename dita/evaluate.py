@@ -132,9 +132,11 @@ def evaluate(
         bar = progress.add_task("eval", total=len(done) + len(todo), completed=len(done), rate=_running(done))
         sizes = {"n_envs": config.n_envs, "batch_size": config.batch_size}
         options: Any = {**sizes, "num_inference_steps": config.num_inference_steps, "rules": rules}
-        cluster = {"ray": ray, "workers": config.ray_workers, "threads": config.threads}
-        play, more = (rollout, {}) if ray is None or not todo else (fan_out, cluster)
-        episodes = play(policy, config.env, spec.name, todo, timing, **options, **more)
+        if ray is None:
+            episodes = rollout(policy, config.env, spec.name, todo, timing, **options)
+        else:
+            options |= {"ray": ray, "workers": config.ray_workers, "threads": config.threads}
+            episodes = fan_out(policy, config.env, spec.name, todo, timing, **options)
         for episode in episodes:
             lines.write(canonical_json(asdict(episode)) + "\n")
             lines.flush()
