@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from benchmarks.eval_rows import eval_throughput
 from benchmarks.harness import Case
 from benchmarks.live_rows import node_latency, stitching
 from benchmarks.loader_rows import loader
@@ -17,6 +18,7 @@ ROWS: dict[str, Callable[[str], list[Case]]] = {
     "train_multinoise": train_multinoise,
     "loader": loader,
     "memory": memory,
+    "eval_throughput": eval_throughput,
     "startup": startup,
     "node_latency": node_latency,
     "stitching": stitching,

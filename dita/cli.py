@@ -104,7 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_exist(train)
     evaluate = verb("eval", _eval, "Evaluate a checkpoint in simulation, with intervals and videos.", """
         dita eval outputs/train/demo out=outputs/eval/demo
-        dita eval outputs/train/demo episodes=100 env.tasks=[drawer-open-v3] n_action_steps=4""", True)  # fmt: skip
+        dita eval outputs/train/demo episodes=100 env.tasks=[drawer-open-v3] n_action_steps=4
+        dita eval outputs/train/demo n_action_steps=1 temporal_ensembling=0.01 out=outputs/eval/ensembled
+        dita eval outputs/train/demo perturb.camera_shift=0.03 perturb.light=0.5 out=outputs/eval/shifted
+        dita eval outputs/train/demo perturb.instruction=paraphrased out=outputs/eval/paraphrased
+        dita eval outputs/train/demo ray=auto ray_workers=8 episodes=500""", True)  # fmt: skip
     evaluate.add_argument("checkpoint", help="run, checkpoint or policy folder")
     _add_exist(evaluate)
     compare = verb("compare", _compare, "Compare two checkpoints, or two methods, on the same starts.", """
@@ -163,9 +167,11 @@ def build_parser() -> argparse.ArgumentParser:
     official.add_argument("--text-encoder", metavar="FOLDER", help="folder or hub id of CLIP ViT-L/14")
     official.add_argument("--embodiment", metavar="NAME|YAML", help="the robot it drives; needs --stats")
     official.add_argument("--stats", metavar="JSON", help="that robot's statistics")
-    report = verb("report", _report, "Write one self-contained HTML page about a demo folder.", """
-        dita report outputs/demo""", False)  # fmt: skip
-    report.add_argument("folder")
+    report = verb("report", _report, "Write one self-contained HTML page about a demo, or about evaluations.", """
+        dita report outputs/demo
+        dita report outputs/eval/drawer
+        dita report outputs/eval/step600 outputs/eval/step200 outputs/eval/step400""", False)  # fmt: skip
+    report.add_argument("folder", nargs="+", help="of a demo or of an evaluation, which gets the page; then others")
     env = verb("env", _env, "Say what this machine can do, and what to install for the rest.", """
         dita env
         dita env --setup""", False)  # fmt: skip
@@ -316,7 +322,8 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> None:
     from dita.evaluate import evaluate
     from dita.policy.policy import DitaPolicy
 
-    evaluate(DitaPolicy.from_pretrained(args.checkpoint, config.device), config, exist=args.exist)
+    policy = DitaPolicy.from_pretrained(args.checkpoint, config.device)
+    evaluate(policy, config, exist=args.exist, checkpoint=Path(args.checkpoint))
 
 
 def _compare(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -371,7 +378,7 @@ def _import_official(args: argparse.Namespace, overrides: list[str]) -> None:
 def _report(args: argparse.Namespace, overrides: list[str]) -> None:
     from dita.report import report
 
-    print(json.dumps({"report": str(report(Path(args.folder)))}))
+    print(json.dumps({"report": str(report(*(Path(folder) for folder in args.folder)))}))
 
 
 def _env(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -254,6 +254,32 @@ class CollectConfig:
 
 
 @dataclass(frozen=True)
+class PerturbConfig:
+    """What an evaluation changes about its episodes, one flag each; 0 and "given" change nothing."""
+
+    seed: int  # of all draws; those of a flag depend on no other flag
+    instruction: Literal["given", "blank", "swapped", "paraphrased"]
+    camera_shift: float  # [m], largest along each axis of each camera
+    camera_turn: float  # [rad], largest about each axis of each camera
+    light: float  # lamps times 1 - light .. 1 + light, by lamp and colour
+    texture: float  # 0..1, share of a random colour in every surface that cannot move
+    start: float  # largest way of the robot before the episode: of its tool along each axis [m], of each joint [rad]
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"perturb.seed must not be negative, got {self.seed}")
+        for key in ("camera_shift", "camera_turn", "start"):
+            _require(getattr(self, key) >= 0, f"perturb.{key} must not be negative, got {getattr(self, key)}")
+        for key in ("light", "texture"):
+            _require(0 <= getattr(self, key) <= 1, f"perturb.{key} must be in 0 .. 1, got {getattr(self, key)}")
+
+    @property
+    def changes(self) -> dict[str, str | float]:
+        """Return the flags that are set."""
+        flags = {key: value for key, value in asdict(self).items() if key != "seed"}
+        return {key: value for key, value in flags.items() if value not in (0, "given")}
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """`dita eval`."""
 
@@ -265,13 +291,19 @@ class EvalConfig:
     batch_size: int  # the policy's fixed padded batch
     n_action_steps: int | None  # None: the checkpoint's
     num_inference_steps: int | None  # None: the checkpoint's
+    temporal_ensembling: float | None  # m of the weights exp(-m i) of overlapping chunks, oldest first; None: off
     videos: int  # episodes per task written as mp4
     device: str
     threads: int
     guard: bool  # the robot's guard between policy and simulator, without latency
+    perturb: PerturbConfig
+    ray: str | None  # fan out over a cluster: "local", "auto", host:port; None: this process
+    ray_workers: int  # of the cluster, each with a policy and n_envs of its own; results do not depend on it
 
     def __post_init__(self) -> None:
-        _require_positive(self, "eval", "episodes", "n_envs", "batch_size")
+        _require_positive(self, "eval", "episodes", "n_envs", "batch_size", "ray_workers")
+        m = self.temporal_ensembling
+        _require(m is None or m >= 0, f"eval: temporal_ensembling must not be negative, or null for off; got {m}")
         _require(self.seed >= 0, f"eval: seed must not be negative, got {self.seed}")
         for key in ("n_action_steps", "num_inference_steps"):
             value = getattr(self, key)

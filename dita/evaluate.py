@@ -20,11 +20,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dita.config import EvalConfig, to_dict
+from dita.checkpoint import find_policy
+from dita.config import EvalConfig, PerturbConfig, to_dict
 from dita.datasets.shards import difference
 from dita.embodiment import canonical_json, load_embodiment
 from dita.envs import check_tasks
-from dita.envs.rollout import EpisodeResult, Start, Timing, rollout
+from dita.envs.ensemble import Ensemble
+from dita.envs.fanout import connect, fan_out
+from dita.envs.perturb import check_instructions
+from dita.envs.rollout import EpisodeResult, Rules, Start, Timing, rollout
 from dita.policy.policy import DitaPolicy
 from dita.statistics import Rate, bootstrap_macro, macro, rate
 from dita.types import ActionChunk, EmbodimentSpec, RawObservation
@@ -35,7 +39,7 @@ PACKAGES = (
     *("metaworld", "robosuite", "gym-aloha", "gymnasium-robotics"),
 )
 # what may change between an interrupted evaluation and its continuation
-FREE = ("out", "n_envs", "threads", "device", "videos", "episodes")
+FREE = ("out", "n_envs", "threads", "device", "videos", "episodes", "ray", "ray_workers")
 
 
 class Baseline(Protocol):
@@ -87,43 +91,59 @@ class EvalResult:
 
 
 def evaluate(
-    policy: DitaPolicy | Baseline, config: EvalConfig, *, exist: Literal["error", "resume", "overwrite"]
+    policy: DitaPolicy | Baseline,
+    config: EvalConfig,
+    *,
+    exist: Literal["error", "resume", "overwrite"],
+    checkpoint: Path | None = None,
 ) -> EvalResult:
     """Play `config.episodes` fixed starts of each task and write the outcome below `config.out`.
 
     Start i of a task has seed config.seed + i. Every episode of the list counts. Files: `eval_config.json`,
-    `episodes.jsonl` (one line per episode as it ends), `eval_info.json`, `videos/<task>/episode_<i>_<outcome>.mp4`.
+    `episodes.jsonl` (one line per episode as it ends), `eval_info.json`, `videos/<task>/episode_<i>_<outcome>.mp4`,
+    and the last picture of every failure without a video, as `.jpg` beside them. With `config.ray`, a cluster plays.
+
+    Args:
+        policy: what plays.
+        config: how, and on which starts.
+        exist: what to do where `config.out` exists.
+        checkpoint: where the policy came from; its folder and training step go into `eval_info.json`.
 
     Raises:
         FileExistsError: `config.out` exists and `exist` is "error".
-        ValueError: unknown task, an embodiment that differs from the checkpoint's, or a continuation whose policy or
-            settings differ (named).
+        ValueError: unknown task, an embodiment that differs from the checkpoint's, a perturbation that the suite does
+            not have, no cluster, or a continuation whose policy or settings differ (named).
         RuntimeError: a simulator process died; what was finished stays for "resume".
     """
     check_tasks(config.env)
+    check_instructions(config.env, config.perturb)
     spec = load_embodiment(config.env.embodiment)
     timing = _timing(policy, config, spec)
+    rules = Rules(config.guard, config.temporal_ensembling, config.perturb)
     if isinstance(policy, DitaPolicy):
         policy.contract.check_embodiment(spec)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    ray = None if config.ray is None else connect(config.ray, config.ray_workers)
     out = Path(config.out)
     asked = {"config": to_dict(config), "policy": identity(policy)}
     done = _open(out, asked, exist)
     todo = [s for s in _starts(config, out) if (s.task, s.index) not in done]
     with _progress() as progress, (out / "episodes.jsonl").open("a") as lines:
         bar = progress.add_task("eval", total=len(done) + len(todo), completed=len(done), rate=_running(done))
-        episodes = rollout(
-            policy, config.env, spec.name, todo, timing,
-            n_envs=config.n_envs, batch_size=config.batch_size, num_inference_steps=config.num_inference_steps,
-            guard=config.guard,
-        )  # fmt: skip
+        sizes = {"n_envs": config.n_envs, "batch_size": config.batch_size}
+        options: Any = {**sizes, "num_inference_steps": config.num_inference_steps, "rules": rules}
+        if ray is None:
+            episodes = rollout(policy, config.env, spec.name, todo, timing, **options)
+        else:
+            options |= {"ray": ray, "workers": config.ray_workers, "threads": config.threads}
+            episodes = fan_out(policy, config.env, spec.name, todo, timing, **options)
         for episode in episodes:
             lines.write(canonical_json(asdict(episode)) + "\n")
             lines.flush()
             done[episode.task, episode.index] = episode
             progress.update(bar, advance=1, rate=_running(done))
     result = summarise([done[s.task, s.index] for s in _starts(config, out)])
-    _write(out / "eval_info.json", _info(result, asked))
+    _write(out / "eval_info.json", _info(result, asked) | {"checkpoint": _origin(checkpoint)})
     _print(result, out)
     return result
 
@@ -149,7 +169,22 @@ def identity(policy: DitaPolicy | Baseline) -> dict[str, str]:
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return {"name": policy.config.name, "contract": policy.contract.root_hash, "weights": digest.hexdigest()}
+    d = policy.diffusion.config
+    sampler = d.objective if d.objective == "behaviour_cloning" else f"{d.solver}, {d.timestep_spacing} spacing"
+    return {
+        "name": policy.config.name,
+        "contract": policy.contract.root_hash,
+        "weights": digest.hexdigest(),
+        "sampler": f"{sampler}, {d.num_inference_steps} steps",
+    }
+
+
+def _origin(checkpoint: Path | None) -> dict[str, Any] | None:
+    """Return a checkpoint's folder and its training step, which the name of its folder says."""
+    if checkpoint is None:
+        return None
+    name = find_policy(checkpoint).parent.name
+    return {"folder": str(checkpoint), "step": int(name) if name.isdigit() else None}
 
 
 def fingerprint() -> dict[str, Any]:
@@ -173,17 +208,24 @@ def fingerprint() -> dict[str, Any]:
 
 
 def _timing(policy: DitaPolicy | Baseline, config: EvalConfig, spec: EmbodimentSpec) -> Timing:
-    if not isinstance(policy, DitaPolicy):
-        return Timing.of(spec, 1, config.n_action_steps or policy.n_action_steps)
-    steps = config.n_action_steps or policy.config.n_action_steps
-    if steps > policy.config.chunk_size:
+    learned = isinstance(policy, DitaPolicy)
+    steps = config.n_action_steps or (policy.config if learned else policy).n_action_steps
+    if learned and steps > policy.config.chunk_size:
         raise ValueError(f"n_action_steps {steps} exceeds the checkpoint's chunk_size {policy.config.chunk_size}")
-    return Timing.of(spec, policy.config.n_obs_steps, steps)
+    if learned and config.temporal_ensembling is not None and steps == policy.config.chunk_size:
+        raise ValueError(
+            f"temporal_ensembling averages overlapping chunks; with n_action_steps {steps}, the whole chunk, none "
+            "overlap: set n_action_steps=1"
+        )
+    if config.temporal_ensembling is not None:
+        Ensemble(spec, config.temporal_ensembling)  # refuses fields that it cannot average
+    return Timing.of(spec, policy.config.n_obs_steps if learned else 1, steps)
 
 
 def _starts(config: EvalConfig, out: Path) -> list[Start]:
+    films = {task: str(out / "videos" / task) for task in config.env.tasks}
     return [
-        Start(task, i, config.seed + i, str(out / "videos" / task) if i < config.videos else None)
+        Start(task, i, config.seed + i, films[task] if i < config.videos else None, films[task])
         for task in config.env.tasks
         for i in range(config.episodes)
     ]
@@ -254,9 +296,15 @@ def _info(result: EvalResult, asked: Mapping[str, Any]) -> dict[str, Any]:
         "latency_s": {"p50": result.latency[0], "p99": result.latency[1]},
         "distinct_starts": len({e.start_hash for e in episodes}),
         "reasons": {r: sum(e.reason == r for e in episodes) for r in sorted({e.reason for e in episodes})},
-        "fingerprint": fingerprint(),
+        "fingerprint": {**fingerprint(), "perturb": _said(asked["config"]["perturb"])},
         **asked,
     }
+
+
+def _said(perturb: Mapping[str, Any]) -> str:
+    changes = PerturbConfig(**perturb).changes
+    flags = ", ".join(f"{key}={value}" for key, value in changes.items())
+    return f"{flags}, seed {perturb['seed']}" if changes else "nothing"
 
 
 def _write(path: Path, values: Any) -> None:

@@ -1,4 +1,4 @@
-"""A demo folder -> one HTML page that stands alone: no script, no request; light and dark, phone and paper."""
+"""A demo folder, or evaluations -> one HTML page that stands alone: no script, no request; light, dark, paper."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import av
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.image import imread
 
 from dita.checkpoint import read_json
 from dita.page import BLUE, GREEN, ORANGE, RC, Draw, Html, escape, grid, plot, section, strip, table, uri, write_page
 from dita.statistics import wilson
 
 PARTS = ("times.json", "train/config.json", "eval/eval_info.json", "live/live.json")
+INFO = "eval_info.json"
 STRIP_FRAMES = 6
 MAX_ROLLOUTS = 12  # shown with pictures; failures come first
 MAX_FAILURES = 20  # listed
+MAX_GALLERY = 24  # last pictures of failures
+STYLES = tuple((colour, line) for line in ("-", "--", ":") for colour in (BLUE, ORANGE, GREEN))  # of several curves
 VIDEO_BYTES = 16 * 2**20  # embedded in all; a video beyond that is named only
 
 
@@ -30,6 +35,7 @@ class Demo:
     """What a demo folder holds; a part that was not run is None or empty."""
 
     folder: Path
+    played: Path  # the evaluation's folder
     times: Mapping[str, Any]  # step -> command, seconds
     train: Mapping[str, Any] | None
     log: Sequence[Mapping[str, float]]
@@ -37,20 +43,29 @@ class Demo:
     episodes: Sequence[Mapping[str, Any]]
     live: Mapping[str, Any] | None
     videos: Sequence[Path]  # failures first; a trace of the same name lies beside each
+    pictures: Sequence[Path]  # last ones of failures without a video
 
 
-def report(folder: Path) -> Path:
-    """Write `folder/report.html` about what `dita demo` left in `folder`; a part that was not run is named as such.
+def report(folder: Path, *more: Path) -> Path:
+    """Write `folder/report.html` about what `dita demo`, or `dita eval`, left in `folder`.
+
+    With more folders, evaluations of other checkpoints, it shows all of them side by side, and their success over
+    training steps. A part of a demo that was not run is named as such.
 
     Raises:
-        FileNotFoundError: no part of a demo is there, with what was looked for.
+        FileNotFoundError: no part of a demo is there, or no evaluation in `more`, with what was looked for.
         ValueError: a part is damaged or of another version, by name.
     """
     demo = read_demo(folder)
-    sections = (_headline, _evaluation, _live, _rollouts, _actions, _training, _data, _provenance)
+    parts = (_headline, _evaluation, _live, _rollouts, _actions, _training, _data, _provenance)
+    if demo.played == folder:  # an evaluation by itself
+        parts = (_headline, _evaluation, _rollouts, _actions, _provenance)
     try:
         with matplotlib.rc_context(RC):
-            body = "\n".join(section(demo) for section in sections)
+            sections = [part(demo) for part in parts]
+            if more:
+                sections.insert(1, _several([demo, *(read_evaluation(other) for other in more)]))
+            body = "\n".join(sections)
     except KeyError as e:
         raise ValueError(f"{folder}: a result has no {e}; written by another version? run its step again") from None
     target = folder / "report.html"
@@ -60,13 +75,29 @@ def report(folder: Path) -> Path:
 
 def read_demo(folder: Path) -> Demo:
     """Read the results below `folder`; raises as `report`."""
+    if (folder / INFO).is_file():
+        return _read(folder, folder)
     if not any((folder / part).is_file() for part in PARTS):
         what = "holds no result of a demo" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"{folder} {what}: looked for {', '.join(PARTS)}; give the out= folder of `dita demo`")
-    times, train, evaluation, live = (read_json(folder / p) if (folder / p).is_file() else None for p in PARTS)
-    log, episodes = _read_lines(folder / "train" / "log.jsonl"), _read_lines(folder / "eval" / "episodes.jsonl")
-    videos = sorted((folder / "eval" / "videos").glob("*/episode_*.mp4"), key=lambda p: (not _failed(p), p))
-    return Demo(folder, times or {}, train, log, evaluation, episodes, live, videos)
+    return _read(folder, folder / "eval")
+
+
+def read_evaluation(folder: Path) -> Demo:
+    """Read a finished evaluation, by itself or in a demo's folder; raises as `report`."""
+    for played in (folder, folder / "eval"):
+        if (played / INFO).is_file():
+            return _read(folder, played)
+    raise FileNotFoundError(f"{folder} holds no finished evaluation: looked for {INFO} and eval/{INFO}")
+
+
+def _read(folder: Path, played: Path) -> Demo:
+    paths = (folder / PARTS[0], folder / PARTS[1], played / INFO, folder / PARTS[3])
+    times, train, evaluation, live = (read_json(p) if p.is_file() else None for p in paths)
+    log, episodes = _read_lines(folder / "train" / "log.jsonl"), _read_lines(played / "episodes.jsonl")
+    videos = sorted((played / "videos").glob("*/episode_*.mp4"), key=lambda p: (not _failed(p), p))
+    pictures = sorted((played / "videos").glob("*/episode_*.jpg"), key=lambda p: (p.parent, _index(p)))
+    return Demo(folder, played, times or {}, train, log, evaluation, episodes, live, videos, pictures)
 
 
 # ---- sections
@@ -82,12 +113,24 @@ def _headline(demo: Demo) -> str:
     if e:
         note = f"of unseen starts; 95 % interval {_range(e['pooled']['interval'])}"
         tiles[-1] = ("simulation", f"{e['pooled']['successes']} / {e['pooled']['episodes']}", note)
+    if e and demo.played == demo.folder:
+        mark = e["fingerprint"].get("perturb", "nothing")
+        tiles[0] = ("policy", name, e["policy"].get("sampler", "not learned"))
+        tiles.append(("changed", "nothing" if mark == "nothing" else "perturbed", mark))
+        tiles.append(
+            ("policy call", _ms(1e3 * e["latency_s"]["p50"]), f"median; p99 {_ms(1e3 * e['latency_s']['p99'])}")
+        )
+        return _tiles(tasks, tiles)
     tiles.append(("live, over DDS", "-", "not run"))
     if live:
         note = f"image to command p50 {_ms(live['latency_ms']['p50'])}, p99 {_ms(live['latency_ms']['p99'])}"
         tiles[-1] = ("live, over DDS", f"{live['successes']} / {len(live['episodes'])}", note)
     seconds = sum(step["seconds"] for step in demo.times.values())
     tiles.append(("time", _duration(seconds) if demo.times else "-", steps or "not recorded"))
+    return _tiles(tasks, tiles)
+
+
+def _tiles(tasks: str, tiles: Sequence[tuple[str, str, str]]) -> str:
     cells = "".join(
         f"<div><small>{escape(what)}</small><strong>{escape(value)}</strong><span>{escape(note)}</span></div>"
         for what, value, note in tiles
@@ -113,9 +156,22 @@ def _evaluation(demo: Demo) -> str:
         ax.hist(steps, bins=24, stacked=True, color=[k[2] for k in kinds], label=[k[1] for k in kinds])
         ax.legend()
 
+    def draw_solved(ax: Axes) -> None:
+        groups = {task: [ep for ep in demo.episodes if ep["task"] == task] for task in e["tasks"]}
+        if len(groups) > len(STYLES):
+            groups = {f"all {len(groups)} tasks": demo.episodes}
+        for (name, episodes), (colour, line) in zip(groups.items(), STYLES, strict=False):
+            _solved_by_step(ax, episodes, name, colour, line)
+        ax.set(ylim=(0, 1.02))
+        ax.legend(loc="lower right")
+
     batch = f"policy call for up to {e['config']['batch_size']} environments [ms]"
     draw_calls = _histogram(calls, 1e3 * e["latency_s"]["p50"], 1e3 * e["latency_s"]["p99"])
-    plots = [plot("episode length [control steps]", "episodes", draw_lengths), plot(batch, "calls", draw_calls)]
+    plots = [
+        plot("control step", "share of episodes solved by then", draw_solved),
+        plot("episode length [control steps]", "episodes", draw_lengths),
+        plot(batch, "calls", draw_calls),
+    ]
     reasons = ", ".join(f"{reason}: {n}" for reason, n in e["reasons"].items())
     rule = f"Rule: {e['rule']}. {e['distinct_starts']} distinct starts. Ends: {reasons}."
     return section(title, rates, f"<p>{escape(rule)}</p>", grid(plots))
@@ -178,13 +234,13 @@ def _guard(values: Mapping[str, float]) -> str:
 
 def _rollouts(demo: Demo) -> str:
     failures = [e for e in demo.episodes if not e["success"]]
-    parts = [_failures(demo, failures)] if failures else []
+    parts = [_failures(demo, failures), _gallery(demo, failures)] if failures else []
     budget = VIDEO_BYTES
     for path in demo.videos[:MAX_ROLLOUTS]:
         budget -= path.stat().st_size
         parts.append(_rollout(path, embed=budget >= 0))
     if len(demo.videos) > MAX_ROLLOUTS:
-        parts.append(f"<p>{len(demo.videos) - MAX_ROLLOUTS} more: {escape(demo.folder)}/eval/videos</p>")
+        parts.append(f"<p>{len(demo.videos) - MAX_ROLLOUTS} more: {escape(demo.played)}/videos</p>")
     if not demo.videos:
         parts.append(_missing("videos", *_again(demo)))
     return section("Rollouts, failures first", *parts)
@@ -194,9 +250,30 @@ def _failures(demo: Demo, failures: Sequence[Mapping[str, Any]]) -> str:
     rows = [[f["task"], str(f["seed"]), f["reason"], str(f["steps"])] for f in failures[:MAX_FAILURES]]
     more = f", the first {MAX_FAILURES} of {len(failures)}" if len(failures) > MAX_FAILURES else ""
     where = (f"env.tasks=[{failures[0]['task']}]", f"seed={failures[0]['seed']}", "episodes=1")
-    command = _command(("eval", f"{demo.folder}/train", f"out={demo.folder}/replay", *where))
+    command = _command(("eval", _checkpoint(demo), f"out={demo.folder}/replay", *where))
     text = f"<p>Failed episodes{more}. To film one: {command}</p>"
     return text + table(("task", "seed", "end", "steps"), rows)
+
+
+def _gallery(demo: Demo, failures: Sequence[Mapping[str, Any]]) -> str:
+    """Show how failures ended: the last picture of each."""
+    reasons = {(f["task"], f["index"]): f"seed {f['seed']}, step {f['steps']}: {f['reason']}" for f in failures}
+    last = [(path.parent.name, _index(path), path) for path in (*demo.pictures, *demo.videos) if _failed(path)]
+    shown = sorted(entry for entry in last if entry[:2] in reasons)[:MAX_GALLERY]
+    if not shown:
+        return ""
+    figures = [_last_picture(path) for _, _, path in shown]
+    captions = [f"{task}, {reasons[task, index]}" for task, index, _ in shown]
+    more = f", the first {len(shown)} of {len(failures)}" if len(failures) > len(shown) else ""
+    return f"<h3>How they ended{more}</h3>{strip(figures, captions)}"
+
+
+def _last_picture(path: Path) -> np.ndarray:
+    if path.suffix == ".jpg":
+        return imread(path)
+    with av.open(str(path)) as container:
+        *_, last = container.decode(video=0)
+        return last.to_ndarray(format="rgb24")
 
 
 def _rollout(path: Path, embed: bool) -> str:
@@ -233,7 +310,12 @@ def _actions(demo: Demo) -> str:
 
 
 def _again(demo: Demo) -> tuple[str, ...]:
-    return "eval", f"{demo.folder}/train", f"out={demo.folder}/eval", "videos=3", "--overwrite"
+    return "eval", _checkpoint(demo), f"out={demo.played}", "videos=3", "--overwrite"
+
+
+def _checkpoint(demo: Demo) -> str:
+    known = (demo.evaluation or {}).get("checkpoint")
+    return known["folder"] if known else f"{demo.folder}/train"
 
 
 def _chunks(trace: Mapping[str, Any], dim: int) -> Draw:
@@ -299,6 +381,69 @@ def _provenance(demo: Demo) -> str:
     return section("How this was made", *steps, table(("what", "value"), facts) if facts else "")
 
 
+def _several(demos: Sequence[Demo]) -> str:
+    """Compare evaluations: rates with intervals, success over training and over control steps."""
+    infos = [(demo, demo.evaluation) for demo in demos if demo.evaluation is not None]
+    names = _short_names([demo.played for demo, _ in infos])
+    rows, steps = [], [(e.get("checkpoint") or {}).get("step") for _, e in infos]
+    for name, (_, e), step in zip(names, infos, steps, strict=True):
+        rates = [*e["tasks"].items(), *([("mean over tasks", e["macro"])] if len(e["tasks"]) > 1 else [])]
+        rows += [[name, "" if step is None else str(step), task, *_rate(rate)] for task, rate in rates]
+    known = all(step is not None for step in steps) and len(set(steps)) == len(steps)
+    order = np.argsort([int(step) for step in steps]) if known else np.arange(len(steps))
+    at = [int(steps[i]) for i in order] if known else list(range(1, len(order) + 1))
+
+    def draw_learning(ax: Axes) -> None:
+        curves: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+        for x, i in zip(at, order, strict=True):
+            e = infos[i][1]
+            rates = e["tasks"] if len(e["tasks"]) <= len(STYLES) else {"mean over tasks": e["macro"]}
+            for name, r in rates.items():
+                curves.setdefault(name, []).append((x, r))
+        for (name, points), (colour, line) in zip(curves.items(), cycle(STYLES), strict=False):
+            x, rates = zip(*points, strict=True)
+            ax.plot(x, [r["success_rate"] for r in rates], color=colour, linestyle=line, marker="o", label=name)
+            low, high = zip(*(r["interval"] for r in rates), strict=True)
+            ax.fill_between(x, low, high, color=colour, alpha=0.15)
+        ax.set(ylim=(-0.02, 1.02), **({} if known else {"xticks": at}))
+        ax.legend(loc="lower right")
+
+    def draw_solved(ax: Axes) -> None:
+        for name, (demo, _), (colour, line) in zip(names, infos, cycle(STYLES), strict=False):
+            _solved_by_step(ax, demo.episodes, name, colour, line)
+        ax.set(ylim=(0, 1.02))
+        ax.legend(loc="lower right")
+
+    label = "training step" if known else "evaluation, in the order given"
+    plots = [
+        plot(label, "success, 95 % interval", draw_learning),
+        plot("control step", "share of all episodes solved by then", draw_solved),
+    ]
+    head = ("evaluation", "training step", "task", "solved", "rate", "95 % interval", "")
+    about = "<p>Whether two of them differ is another question: dita compare pairs them by start.</p>"
+    return section("Several evaluations", table(head, rows), about, grid(plots))
+
+
+def _short_names(folders: Sequence[Path]) -> list[str]:
+    """Return the folders without what they have in common."""
+    parts = [folder.resolve().parts for folder in folders]
+    head = 0
+    while all(len(p) > head + 1 for p in parts) and len({p[head] for p in parts}) == 1:
+        head += 1
+    return ["/".join(p[head:]) for p in parts]
+
+
+def _solved_by_step(ax: Axes, episodes: Sequence[Mapping[str, Any]], label: str, colour: str, line: str) -> None:
+    """Draw the share of episodes that a success had ended by each control step, with Wilson's band."""
+    ends = np.sort([e["steps"] for e in episodes if e["success"]])
+    last = max((e["steps"] for e in episodes), default=0)
+    steps = np.unique([0, *ends, last])
+    won = np.searchsorted(ends, steps, side="right")
+    band = np.array([wilson(int(k), len(episodes)) for k in won])
+    ax.plot(steps, won / len(episodes), color=colour, linestyle=line, drawstyle="steps-post", label=label)
+    ax.fill_between(steps, band[:, 0], band[:, 1], step="post", color=colour, alpha=0.15)
+
+
 # ---- pieces
 
 
@@ -347,8 +492,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-def _failed(video: Path) -> bool:
-    return video.stem.endswith("_failure")
+def _failed(film: Path) -> bool:
+    return film.stem.endswith("_failure")
+
+
+def _index(film: Path) -> int:
+    return int(film.stem.split("_")[1])
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -133,7 +133,9 @@ def test_physics_and_stages_are_gym_alohas(button, task):
     from gym_aloha.constants import ASSETS_DIR
     from gym_aloha.tasks.sim import InsertionTask, TransferCubeTask
 
-    from dita.envs.aloha import PHYSICS, SCENES
+    from dita.envs.aloha import SCENES
+
+    PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 
     theirs = dm.Physics.from_xml_path(str(ASSETS_DIR / SCENES[task]))
     rule = TransferCubeTask() if task == TRANSFER else InsertionTask()

@@ -18,13 +18,15 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dita.config import CollectConfig, EnvConfig
+from dita.config import CollectConfig, EnvConfig, PerturbConfig
 from dita.datasets.store import Store
 from dita.embodiment import load_embodiment
 from dita.envs import SUITES, check_tasks, gl, make
 from dita.envs.base import RobotEnv, WithImages
 from dita.envs.collect import HOLD_STEPS, collect, demonstrate
-from dita.envs.rollout import EpisodeResult, Player, Start, Timing, rollout
+from dita.envs.ensemble import Ensemble
+from dita.envs.perturb import Perturbation, check_instructions, sentence
+from dita.envs.rollout import PLAIN, EpisodeResult, Player, Start, Timing, rollout
 from dita.envs.video import write_mp4
 from dita.envs.workers import Worker
 from dita.types import ActionChunk
@@ -473,7 +475,7 @@ def test_an_action_that_is_not_finite_fails_its_episode_only(tmp_path):
 
 def test_a_warning_of_the_simulator_fails_the_episode(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT
-    player = Player(ENV, Timing(1, 4, 8))
+    player = Player(ENV, Timing(1, 4, 8), PLAIN)
     assert player.start(Start(BUTTON, 0, 0, None)).ended is None
     player._env._env.data.qvel[:] = 1e12  # pyright: ignore
     ended = player.run(np.zeros((8, 4), np.float32)).ended
@@ -543,3 +545,244 @@ def test_every_suite_is_registered_with_tasks_and_make(name):
         pytest.importorskip(package, reason="pip install 'dita[sim]'")
     suite = importlib.import_module(SUITES[name])
     assert suite.TASKS and callable(suite.make)
+
+
+# --- what holds for every suite
+
+ABOUT = {
+    "aloha": ("gym_aloha", "sim_aloha", ("AlohaTransferCube", "AlohaInsertion")),
+    "choice": ("mujoco", "choice_hand", ("touch-red", "push-blue")),
+    "fetch": ("gymnasium_robotics", "fetch_mocap", ("push", "reach")),
+    "metaworld": ("metaworld", "metaworld_sawyer", (DRAWER, REACH)),
+    "robosuite": ("robosuite", "robosuite_panda_osc", ("Lift", "Door")),
+}
+FLAGS = {"camera_shift": 0.05, "camera_turn": 0.05, "light": 0.5, "texture": 0.7}
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def two_of_a_suite(request):
+    package, embodiment, tasks = ABOUT[request.param]
+    pytest.importorskip(package, reason="pip install 'dita[sim]'")
+    config = EnvConfig(request.param, embodiment, tasks, max_steps=100, fast_render=True)
+    envs = [make(config, task) for task in tasks]
+    yield config, *envs
+    for env in envs:
+        env.close()
+
+
+@pytest.fixture
+def sim(two_of_a_suite):
+    """Two environments of a suite in its first task, unchanged."""
+    config, *envs = two_of_a_suite
+    for env in envs:
+        env.reset(seed=0, options={"task": config.tasks[0]})
+        env.instruction = importlib.import_module(SUITES[config.suite]).INSTRUCTIONS[env.task]
+    before = [(env.model, visible(env)) for env in envs]
+    yield config, *envs
+    for model, arrays in before:
+        for array, values in zip(visible_arrays(model), arrays, strict=True):
+            array[:] = values
+
+
+def visible_arrays(model) -> list[np.ndarray]:
+    head = model.vis.headlight
+    return [model.cam_pos, model.cam_quat, model.light_diffuse, model.light_ambient, model.geom_rgba, head.diffuse,
+            head.ambient]  # fmt: skip
+
+
+def visible(env: RobotEnv) -> list[np.ndarray]:
+    return [np.copy(array) for array in visible_arrays(env.model)]
+
+
+def perturbed(**flags) -> PerturbConfig:
+    return replace(PerturbConfig(5, "given", 0.0, 0.0, 0.0, 0.0, 0.0), **flags)
+
+
+def seen(env: RobotEnv) -> dict[str, np.ndarray]:
+    return {name: picture.copy() for name, picture in env.observe().images.items()}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> list[bool]:
+    return [np.array_equal(a[name], b[name]) for name in a]
+
+
+def wander(env: RobotEnv, steps: int) -> np.ndarray:
+    """Act near the middle of the limits; return the state of every step."""
+    rng, space = np.random.default_rng(0), env.action_space
+    middle, half = (space.high + space.low) / 2, (space.high - space.low) / 2  # pyright: ignore
+    actions = (middle + 0.1 * half * rng.uniform(-1, 1, (steps, len(half)))).astype(np.float32)
+    return np.stack([env.step(action)[0]["state"] for action in actions])
+
+
+def test_a_saved_state_of_any_suite_continues_bit_equal(sim):
+    _, env, other = sim
+    env.reset(seed=3)
+    wander(env, 9)
+    saved, picture = env.get_state(), seen(env)
+    expected, later = wander(env, 9), seen(env)
+    for one in (env, other):
+        one.reset(seed=1, options={"task": other.tasks[0]})
+        one.set_state(saved)
+        assert (one.task, one.seed, one.steps, one.success) == (saved.task, 3, 9, saved.success)
+        assert np.array_equal(one.get_state().physics, saved.physics) and all(same(seen(one), picture))
+        assert np.array_equal(wander(one, 9), expected) and all(same(seen(one), later))
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_on_the_picture_changes_the_picture_and_nothing_else(sim, flag):
+    config, env, other = sim
+    perturb = perturbed(**{flag: FLAGS[flag]})
+    env.reset(seed=3)
+    picture, physics, start, said = seen(env), env.get_state().physics, env.start_hash, env.instruction
+    expected = wander(env, 6)
+    perturbation = Perturbation(config, perturb)
+    env.reset(seed=3)
+    if config.suite == "aloha" and flag == "camera_turn":
+        with pytest.raises(ValueError, match=r"camera top of aloha always looks at a body.*set perturb.camera_turn=0"):
+            perturbation.begin(env, 3)
+        return
+    perturbation.begin(env, 3)
+    assert not any(same(seen(env), picture)) and env.instruction == said
+    assert np.array_equal(env.get_state().physics, physics) and env.start_hash == start
+    changed = seen(env)
+    assert np.array_equal(wander(env, 6), expected)
+    env.reset(seed=4)
+    perturbation.begin(env, 4)
+    assert not any(same(seen(env), changed))
+    env.reset(seed=3)
+    perturbation.begin(env, 3)  # what was changed for the last episode was put back first
+    assert all(same(seen(env), changed))
+    other.reset(seed=3)
+    Perturbation(config, perturb).begin(other, 3)  # another instance meets the same change
+    assert all(same(seen(other), changed))
+
+
+def test_nothing_is_changed_where_no_flag_is_set(sim):
+    config, env, _ = sim
+    env.reset(seed=3)
+    before = (env.get_state().physics.tobytes(), env.start_hash, env.instruction, seen(env))
+    env.reset(seed=3)
+    Perturbation(config, perturbed(seed=9)).begin(env, 3)
+    after = (env.get_state().physics.tobytes(), env.start_hash, env.instruction, seen(env))
+    assert before[:3] == after[:3] and all(same(before[3], after[3]))
+
+
+def test_another_start_pose_moves_the_robot_and_no_camera(sim):
+    config, env, other = sim
+    env.reset(seed=3)
+    home, start = env.state.copy(), env.start_hash
+    looks = visible(env)
+    Perturbation(config, perturbed(start=0.04)).begin(env, 3)
+    assert (env.steps, env.success) == (0, False) and env.start_hash != start and env.instruction
+    moved = np.concatenate([
+        env.state[i : i + f.size] - home[i : i + f.size]
+        for i, f in zip(np.cumsum([0] + [f.size for f in env.embodiment.state]), env.embodiment.state, strict=False)
+        if f.kind in ("ee_position", "joint_position")
+    ])  # fmt: skip
+    assert 0.004 < np.abs(moved).max() < 0.06
+    assert all(np.array_equal(a, b) for a, b in zip(visible(env), looks, strict=True))
+    other.reset(seed=3)
+    Perturbation(config, perturbed(start=0.04)).begin(other, 3)
+    assert other.start_hash == env.start_hash and np.array_equal(wander(other, 5), wander(env, 5))
+
+
+def test_another_sentence_changes_the_sentence_only(sim):
+    config, env, _ = sim
+    env.reset(seed=3)
+    suite, task = importlib.import_module(SUITES[config.suite]), config.tasks[0]
+    picture, physics = seen(env), env.get_state().physics
+    swap = suite.swapped(task) if config.suite == "choice" else suite.INSTRUCTIONS[config.tasks[1]]
+    for kind, expected in {"blank": [" "], "swapped": [swap], "paraphrased": suite.PARAPHRASES[task]}.items():
+        Perturbation(config, perturbed(instruction=kind)).begin(env, 3)
+        assert env.observe().instruction in expected and env.instruction != suite.INSTRUCTIONS[task]
+        assert np.array_equal(env.get_state().physics, physics) and all(same(seen(env), picture))
+    several = {sentence(config, task, perturbed(instruction="paraphrased"), start) for start in range(30)}
+    assert several == set(suite.PARAPHRASES[task])
+    every = [*suite.INSTRUCTIONS.values(), *(text for texts in suite.PARAPHRASES.values() for text in texts)]
+    assert set(suite.PARAPHRASES) == set(suite.TASKS) and len(every) == len(set(every))
+
+
+def test_a_sentence_that_a_suite_does_not_have_is_refused_with_what_there_is(monkeypatch):
+    one = replace(ENV, tasks=(BUTTON,))
+    with pytest.raises(ValueError, match=r"no swapped sentences and env.tasks only button.*'press the button"):
+        check_instructions(one, perturbed(instruction="swapped"))
+    monkeypatch.delattr("dita.envs.metaworld.PARAPHRASES")
+    with pytest.raises(ValueError, match=r"metaworld has no paraphrases; for button.* there is: 'press the button"):
+        check_instructions(one, perturbed(instruction="paraphrased"))
+
+
+def test_flags_do_not_disturb_each_others_draws(button):
+    both, values, before = perturbed(camera_shift=0.05, light=0.5), [], visible(button)
+    for perturb in (both, replace(both, light=0.0), replace(both, camera_shift=0.0)):
+        for array, value in zip(visible_arrays(button.model), before, strict=True):
+            array[:] = value
+        Perturbation(ENV, perturb).begin(button, 1)
+        values.append((button.model.cam_pos.copy(), button.model.light_diffuse.copy()))
+    assert np.array_equal(values[0][0], values[1][0]) and np.array_equal(values[0][1], values[2][1])
+    assert not np.array_equal(values[0][0], values[2][0])
+
+
+# --- overlapping chunks
+
+
+def test_overlapping_absolute_chunks_are_averaged_as_in_act():
+    spec, decay, n = load_embodiment("sim_aloha"), 0.3, 6
+    rng, ensemble, chunks = np.random.default_rng(0), Ensemble(spec, decay), []
+    grippers = [6, 13]
+    for step in range(0, 14, 2):
+        chunks.append((step, rng.uniform(-0.5, 0.5, (n, 14)).astype(np.float32)))
+        out = ensemble.chunk(step, chunks[-1][1])
+        for i in range(n):
+            said = [c[step + i - s] for s, c in chunks if step + i - s < n]  # oldest first
+            weights = np.array([np.exp(-decay * k) for k in range(len(said))])
+            expected = (weights[:, None] * said).sum(0) / weights.sum()
+            expected[grippers] = said[-1][grippers]
+            np.testing.assert_allclose(out[i], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["metaworld_sawyer", "robosuite_panda_osc"])
+def test_overlapping_deltas_are_averaged_as_on_the_robot(name):
+    """The live stack's stitching, without delay, gives the same actions: places and rotations, not steps."""
+    from dita.embodiment import embodiment_to_dict
+    from robot_io.core.chunk_buffer import Chunk
+    from robot_io.core.limits import parse_robot
+    from robot_io.core.stitching import DECAY, ENSEMBLING, Stitcher
+
+    spec = load_embodiment(name)
+    robot = parse_robot(embodiment_to_dict(spec))
+    space, dt, k, n = robot.space, robot.action_dt, 2, 16
+    stitcher, ensemble = Stitcher(robot, ENSEMBLING, chunk_size=n), Ensemble(spec, DECAY)
+    at = np.array([0.1, 0.2, 0.3, *([0.8, 0.0, 0.6, 0.0] if space.rotation else [])])
+    stitcher.on_executed(-dt, at, np.zeros(space.tangent), 0.0)
+    rng, high = np.random.default_rng(1), np.concatenate([f.high for f in spec.action])
+    for step in range(0, 20, k):
+        values = (0.5 * high * rng.uniform(-1, 1, (n, len(high)))).astype(np.float32)
+        ours = ensemble.chunk(step, values)
+        theirs, stamp = stitcher.stitch(values, step * dt, step * dt)
+        np.testing.assert_allclose(ours, theirs, atol=2e-7)
+        motion, grip = robot.motion_of(theirs), theirs[:, -1]
+        stitcher.published(Chunk(stamp, dt, motion, grip), stamp)
+        for i in range(k):
+            target = space.delta(at, motion[i])
+            stitcher.on_executed((step + i) * dt, target, motion[i], float(grip[i]))
+            ensemble.executed(ours[i])
+            at = target
+
+
+def test_deltas_that_have_no_place_to_average_are_refused_and_measured_ones_averaged_as_they_are():
+    field = SPEC.action[0]
+    with pytest.raises(ValueError, match=r"hand_delta is a delta in frame base from chunk_start; it averages absolute"):
+        Ensemble(replace(SPEC, action=(replace(field, reference="chunk_start"),)), 0.01)
+    ensemble = Ensemble(replace(SPEC, action=(replace(field, reference="measured"),)), 0.0)
+    ensemble.chunk(0, np.full((4, 3), 0.002, np.float32))
+    ensemble.executed(np.full(3, 0.002, np.float32))
+    np.testing.assert_allclose(ensemble.chunk(1, np.full((4, 3), 0.004, np.float32))[:, 0], [0.003] * 3 + [0.004])
+
+
+def test_absolute_rotations_are_averaged_on_so3():
+    turn = replace(load_embodiment("robosuite_panda_osc").action[1], mode="absolute", reference=None)
+    ensemble = Ensemble(replace(SPEC, action=(turn,)), 0.0)
+    ensemble.chunk(0, np.array([[0, 0, 3.0], [0, 0, 3.0]], np.float32))
+    average = ensemble.chunk(1, np.array([[0, 0, -3.0], [0, 0, -3.0]], np.float32))  # 0.28 rad apart, across pi
+    np.testing.assert_allclose(np.abs(average[0]), [0, 0, np.pi], atol=1e-6)
+    np.testing.assert_allclose(average[1], [0, 0, -3.0], atol=1e-6)

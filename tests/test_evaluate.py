@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,23 +17,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dita import machine
-from dita.config import EnvConfig, EvalConfig
+from dita.config import EnvConfig, EvalConfig, PerturbConfig
 from dita.embodiment import load_embodiment
 from dita.envs import gl
+from dita.envs.ensemble import Ensemble
+from dita.envs.fanout import Share
 from dita.envs.rollout import EpisodeResult
-from dita.evaluate import Expert, Zero, evaluate, identity, summarise
+from dita.evaluate import Expert, Zero, evaluate, fingerprint, identity, summarise
 
 gl.select_backend()
 
 BUTTON, REACH = "button-press-topdown-v3", "reach-v3"
 SPEC = load_embodiment("metaworld_sawyer")
+UNCHANGED = PerturbConfig(0, "given", 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def eval_config(tmp_path: Path, **changes) -> EvalConfig:
     env = EnvConfig("metaworld", "metaworld_sawyer", (BUTTON, REACH), max_steps=120, fast_render=True)
     config = EvalConfig(
         str(tmp_path / "eval"), env, episodes=2, seed=1_000_000, n_envs=2, batch_size=4, n_action_steps=None,
-        num_inference_steps=None, videos=1, device="cpu", threads=1, guard=False,
+        num_inference_steps=None, temporal_ensembling=None, videos=1, device="cpu", threads=1, guard=False,
+        perturb=UNCHANGED, ray=None, ray_workers=2,
     )  # fmt: skip
     return replace(config, **changes)
 
@@ -163,6 +170,134 @@ def test_an_untrained_policy_is_played_the_same_by_any_number_of_environments(tm
         assert [(e.steps, e.replans) for e in result.episodes] == [(12, 4)] * 3  # n_action_steps 3
         traces.append({p.name: json.loads(p.read_text()) for p in (tmp_path / "eval" / "videos").rglob("*.json")})
     assert len(traces[0]) == 3 and traces[0] == traces[1]  # chunks, actions and states to the last bit
+
+
+def test_overlapping_chunks_are_averaged_in_the_run(tmp_path):
+    env = EnvConfig("metaworld", "metaworld_sawyer", (BUTTON,), max_steps=9, fast_render=True)
+    config = eval_config(tmp_path, env=env, episodes=1, n_action_steps=2, temporal_ensembling=0.3)
+    evaluate(make_policy(SPEC), config, exist="error")
+    (path,) = (tmp_path / "eval" / "videos").rglob("*.json")
+    trace, ensemble = json.loads(path.read_text()), Ensemble(SPEC, 0.3)
+    low, high = (np.concatenate([getattr(f, side) for f in SPEC.action]) for side in ("low", "high"))
+    executed: list[np.ndarray] = []
+    for chunk in trace["chunks"]:
+        rows = ensemble.chunk(chunk["step"], np.array(chunk["values"], np.float32))
+        for row in rows[: min(2, 9 - chunk["step"])]:
+            executed.append(np.clip(row, low, high).astype(np.float32))
+            ensemble.executed(executed[-1])
+    np.testing.assert_allclose(trace["executed"], executed, atol=1e-7)
+    predicted = np.array([chunk["values"][0] for chunk in trace["chunks"]])
+    assert np.abs(predicted[1:, :3] - np.array(trace["executed"])[2::2, :3]).max() > 1e-4
+    with pytest.raises(ValueError, match="with n_action_steps 6, the whole chunk, none overlap: set n_action_steps=1"):
+        evaluate(make_policy(SPEC), replace(config, n_action_steps=6), exist="overwrite")
+
+
+def test_what_was_changed_is_recorded_and_told_apart(tmp_path):
+    env = EnvConfig("metaworld", "metaworld_sawyer", (BUTTON, REACH), max_steps=8, fast_render=True)
+    perturb = replace(UNCHANGED, seed=4, instruction="swapped", camera_shift=0.02, start=0.01)
+    config = eval_config(tmp_path, env=env, episodes=2, perturb=perturb)
+    assert len(evaluate(Zero(SPEC), config, exist="error").episodes) == 4
+    info = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
+    assert info["fingerprint"]["perturb"] == "instruction=swapped, camera_shift=0.02, start=0.01, seed 4"
+    assert info["config"]["perturb"]["camera_shift"] == 0.02 and info["checkpoint"] is None
+    trace = json.loads(next((tmp_path / "eval" / "videos" / BUTTON).glob("*.json")).read_text())
+    assert trace["instruction"] == "reach the target"
+    # the first episode of each task is filmed; of the others that fail there is the last picture
+    films = sorted(p.name for p in (tmp_path / "eval" / "videos" / REACH).iterdir())
+    assert films == ["episode_0_failure.json", "episode_0_failure.mp4", "episode_1_failure.jpg"]
+    with pytest.raises(ValueError, match=r"perturb.camera_shift: expected 0\.03, found 0\.02"):
+        evaluate(Zero(SPEC), replace(config, perturb=replace(perturb, camera_shift=0.03)), exist="resume")
+    for key, value in (("light", 1.5), ("texture", -0.1), ("camera_turn", -1.0), ("seed", -1)):
+        with pytest.raises(ValueError, match=rf"perturb\.{key} must"):
+            replace(perturb, **{key: value})
+
+
+def test_a_cluster_plays_what_one_process_plays(tmp_path):
+    """The protocol of the fan-out, with a stand-in for Ray that works in this process."""
+    policy = make_policy(SPEC)
+    env = EnvConfig("metaworld", "metaworld_sawyer", (BUTTON,), max_steps=7, fast_render=True)
+    config = eval_config(tmp_path, env=env, episodes=2, videos=1, n_envs=1)
+    expected, films = evaluate(policy, config, exist="error"), contents(tmp_path / "eval" / "videos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ray", FakeRay())
+        result = evaluate(policy, replace(config, ray="auto", ray_workers=5), exist="overwrite")
+        assert outcomes(result) == outcomes(expected) and contents(tmp_path / "eval" / "videos") == films
+        (tmp_path / "eval").rename(tmp_path / "whole")
+        patch.setattr(FakeRay, "CPUS", 1)
+        with pytest.raises(ValueError, match="ray_workers=2 need as many CPUs, the cluster has 1"):
+            evaluate(policy, replace(config, ray="auto"), exist="overwrite")
+        assert not (tmp_path / "eval").exists()
+        patch.setattr(FakeRay, "CPUS", 8)
+        patch.setattr(Share, "about", lambda self: fingerprint() | {"git": "0ff"})
+        with pytest.raises(
+            ValueError, match=r"a machine of the cluster has git 0ff \(here .*install there what is here"
+        ):
+            evaluate(policy, replace(config, ray="auto"), exist="overwrite")
+        patch.setitem(sys.modules, "ray", None)
+        with pytest.raises(ValueError, match=r"ray= needs the package ray: pip install 'dita\[cluster\]'"):
+            evaluate(policy, replace(config, ray="auto"), exist="overwrite")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.*")}
+
+
+class FakeRay:
+    """As much of Ray as the fan-out calls; everything is copied on its way, as Ray does."""
+
+    CPUS = 8
+
+    class exceptions:
+        class RayError(Exception): ...
+
+        class RayTaskError(RayError): ...
+
+    def __init__(self) -> None:
+        self.up = False
+
+    def init(self, **options) -> None:
+        self.up = True
+
+    def shutdown(self) -> None:
+        self.up = False
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self.CPUS}
+
+    def put(self, value):
+        return pickle.dumps(value)
+
+    def get(self, refs):
+        return [self.get(r) for r in refs] if isinstance(refs, list) else pickle.loads(refs)  # noqa: S301
+
+    def wait(self, streams, num_returns):
+        return [streams[-1]], streams[:-1]  # any order is as good
+
+    def remote(self, **resources):
+        assert resources["num_gpus"] == 0
+        return lambda cls: SimpleNamespace(remote=lambda *args: FakeActor(self, cls(*args)))
+
+
+class FakeActor:
+    def __init__(self, ray: FakeRay, target) -> None:
+        def play(policy, *args):
+            return (ray.put(item) for item in target.play(ray.get(policy), *ray.get(ray.put(args))))
+
+        self.about = SimpleNamespace(remote=lambda: ray.put(target.about()))
+        self.play = SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=play))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_ray_itself_plays_what_one_process_plays(tmp_path):
+    pytest.importorskip("ray", reason="pip install 'dita[cluster]'")
+    policy = make_policy(SPEC)
+    env = EnvConfig("metaworld", "metaworld_sawyer", (BUTTON,), max_steps=7, fast_render=True)
+    config = eval_config(tmp_path, env=env, episodes=2, videos=1, n_envs=1)
+    expected, films = evaluate(policy, config, exist="error"), contents(tmp_path / "eval" / "videos")
+    result = evaluate(policy, replace(config, ray="local", ray_workers=2), exist="overwrite")
+    assert outcomes(result) == outcomes(expected) and contents(tmp_path / "eval" / "videos") == films
 
 
 def test_identity_follows_the_weights(spec):

@@ -6,7 +6,7 @@ import pytest
 from dita.config import EnvConfig
 from dita.envs import make
 from dita.envs.guarded import Guarded, shipped_guard
-from dita.envs.rollout import Player, Start, Timing
+from dita.envs.rollout import Player, Rules, Start, Timing
 
 CONFIG = EnvConfig("metaworld", "metaworld_sawyer", ("button-press-topdown-v3",), 500, True)
 
@@ -55,7 +55,7 @@ def test_action_that_is_not_finite_is_held_and_then_a_fault(env):
 
 
 def test_episode_ends_with_the_guards_fault_by_name(env):
-    player = Player(CONFIG, Timing.of(env.embodiment, 1, 8), guard=True)
+    player = Player(CONFIG, Timing.of(env.embodiment, 1, 8), Rules(guard=True))
     player.start(Start(CONFIG.tasks[0], 0, 3, None))
     ended, calls = None, 0
     while ended is None:  # one good chunk, then nothing that the guard would take

@@ -17,21 +17,24 @@ import numpy as np
 import pytest
 import yaml
 from fake_robot import EMBODIMENT
+from matplotlib.image import imsave
 
 import dita.evaluate
 import dita.page
 from dita.checkpoint import write_json
 from dita.cli import build_parser, compose
-from dita.config import EnvConfig, EvalConfig, LiveConfig, TrainConfig, from_dict, to_dict
+from dita.config import EnvConfig, EvalConfig, LiveConfig, PerturbConfig, TrainConfig, from_dict, to_dict
 from dita.embodiment import config_folder, load_embodiment
 from dita.envs.rollout import EpisodeResult, Recorder, Start
 from dita.evaluate import Zero, evaluate
-from dita.report import report
+from dita.report import _solved_by_step, report
+from dita.statistics import wilson
 from robot_io.core.guard import Guard, GuardConfig
 from robot_io.core.limits import parse_robot
 from robot_io.live import EnvelopeReader, Judge, summary
 
 SPEC = load_embodiment("metaworld_sawyer")
+UNCHANGED = PerturbConfig(0, "given", 0.0, 0.0, 0.0, 0.0, 0.0)
 TASKS = ("button-press-topdown-v3", "drawer-open-v3")
 ODD = "state <older> & 'late' 0.1 s"  # dots, quotes and markup in a reason
 
@@ -44,6 +47,7 @@ class FakeEnv:
         low=np.array([-0.01] * 3 + [-1], np.float32), high=np.array([0.01] * 3 + [1], np.float32)
     )
     steps, success = 0, False
+    instruction = "press the button"
 
     @property
     def state(self) -> np.ndarray:
@@ -88,7 +92,8 @@ def write_eval(out: Path) -> None:
     env = EnvConfig("metaworld", "metaworld_sawyer", TASKS, max_steps=24, fast_render=True)
     config = EvalConfig(
         str(out), env, episodes=4, seed=1_000_000, n_envs=1, batch_size=8, n_action_steps=None,
-        num_inference_steps=None, videos=2, device="cpu", threads=1, guard=False,
+        num_inference_steps=None, temporal_ensembling=None, videos=2, device="cpu", threads=1, guard=False,
+        perturb=UNCHANGED, ray=None, ray_workers=2,
     )  # fmt: skip
     evaluate(Zero(SPEC), config, exist="error")
 
@@ -224,7 +229,7 @@ def test_pictures_and_videos_are_the_files(original, whole) -> None:
     assert videos == sorted(p.read_bytes() for p in original.glob("eval/videos/*/*.mp4")) and len(videos) == 4
     assert ("image/png", b"\x89PNG a picture") in inside
     frames = [data for kind, data in inside if kind == "image/jpeg"]
-    assert len(frames) == 4 * 6 and all(data[:2] == b"\xff\xd8" for data in frames)
+    assert len(frames) == 4 * 6 + 2 and all(data[:2] == b"\xff\xd8" for data in frames)  # 2: how failures ended
 
 
 def test_failures_come_first_with_a_command_that_films_them(whole) -> None:
@@ -236,6 +241,57 @@ def test_failures_come_first_with_a_command_that_films_them(whole) -> None:
     ]  # fmt: skip
     assert f"{TASKS[1]} 1000001 {ODD} 24" in page.text
     assert f"'env.tasks=[{TASKS[0]}]' seed=1000001 episodes=1" in page.text
+
+
+def test_a_gallery_shows_how_every_failure_ended(demo) -> None:
+    lines = (demo / "eval" / "episodes.jsonl").read_text().splitlines()
+    late = json.loads(lines[2]) | {"success": False, "reason": "max_steps"}
+    (demo / "eval" / "episodes.jsonl").write_text("\n".join([*lines[:2], json.dumps(late), *lines[3:]]) + "\n")
+    imsave(demo / "eval" / "videos" / TASKS[0] / "episode_2_failure.jpg", np.zeros((8, 8, 3), np.uint8))
+    _, page = read(demo)
+    ends = page.text[page.text.index("How they ended") :]
+    captions = re.findall(rf"({'|'.join(TASKS)}), seed (\d+), step 24: (\S+)", ends)
+    first = ODD.split()[0]
+    assert captions[:3] == [
+        (TASKS[0], "1000001", first), (TASKS[0], "1000002", "max_steps"), (TASKS[1], "1000001", first),
+    ]  # fmt: skip
+
+
+def test_success_over_steps_is_what_the_episodes_say() -> None:
+    drawn = {}
+    axes = SimpleNamespace(
+        plot=lambda x, y, **style: drawn.update(x=x, y=y),
+        fill_between=lambda x, low, high, **style: drawn.update(low=low),
+    )
+    ends = [(30, True), (10, True), (30, False), (40, False)]
+    _solved_by_step(axes, [{"steps": s, "success": w} for s, w in ends], "a", "b", "-")  # pyright: ignore
+    assert drawn["x"].tolist() == [0, 10, 30, 40] and drawn["y"].tolist() == [0, 0.25, 0.5, 0.5]
+    assert drawn["low"].tolist() == [wilson(k, 4)[0] for k in (0, 1, 2, 2)]
+
+
+def test_an_evaluation_has_a_page_of_its_own(original, tmp_path) -> None:
+    folder = shutil.copytree(original / "eval", tmp_path / "alone")
+    source, page = read(folder)
+    assert "simulation 6 / 8" in page.text and "changed nothing nothing policy call" in page.text
+    assert "not run" not in page.text and page.tags.count("video") == 4
+    assert 'aria-label="share of episodes solved by then over control step"' in source
+
+
+@pytest.mark.parametrize("steps", [(600, 200, 400), (600, None, 400)])
+def test_several_evaluations_are_shown_beside_each_other(original, tmp_path, steps) -> None:
+    folders = []
+    for name, step in zip(("last", "first", "middle"), steps, strict=True):
+        folders.append(shutil.copytree(original / "eval", tmp_path / name))
+        info = json.loads((folders[-1] / "eval_info.json").read_text())
+        write_json(folders[-1] / "eval_info.json", info | {"checkpoint": {"folder": "run", "step": step}})
+    source, page = Path(report(*folders)).read_text(), Page(report(*folders).read_text())
+    assert f"last 600 {TASKS[0]} 3 / 4 75% 30% .. 95%" in page.text and "middle 400 mean over tasks" in page.text
+    known = None not in steps
+    over = "training step" if known else "evaluation, in the order given"
+    assert f'aria-label="success, 95 % interval over {over}"' in source
+    assert page.text.index("Several evaluations") < page.text.index("Simulation")
+    with pytest.raises(FileNotFoundError, match=r"holds no finished evaluation: looked for eval_info.json and eval/"):
+        report(folders[0], tmp_path)
 
 
 def test_one_plot_per_action_dim_from_the_recorded_chunks(whole) -> None:

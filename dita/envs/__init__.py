@@ -14,7 +14,8 @@ from dita.envs import gl
 if TYPE_CHECKING:
     from dita.envs.base import RobotEnv
 
-# suite -> the module that holds `make(config, task) -> RobotEnv` and `TASKS`
+# suite -> the module that holds `make(config, task) -> RobotEnv`, `TASKS` and INSTRUCTIONS by task; maybe PARAPHRASES,
+# several by task, and `swapped(task)`
 SUITES = {
     "aloha": "dita.envs.aloha",
     "choice": "dita.envs.choice",
@@ -32,7 +33,7 @@ def make(config: EnvConfig, task: str) -> RobotEnv:
     Raises:
         ValueError: unknown suite, task or embodiment (with what exists), or no OpenGL backend works.
     """
-    return _suite(config.suite).make(config, task)
+    return suite_module(config.suite).make(config, task)
 
 
 def check_tasks(config: EnvConfig) -> None:
@@ -41,7 +42,7 @@ def check_tasks(config: EnvConfig) -> None:
     Raises:
         ValueError: with what exists, or with what to install.
     """
-    known = _suite(config.suite).TASKS
+    known = suite_module(config.suite).TASKS
     for task in config.tasks:
         expect_known("task", task, known)
     if not config.tasks or len(set(config.tasks)) < len(config.tasks):
@@ -58,7 +59,12 @@ def expect_known(kind: str, name: str, known: Iterable[str]) -> None:
     raise ValueError(f"unknown {kind} {name!r}; {hint}")
 
 
-def _suite(name: str) -> ModuleType:
+def suite_module(name: str) -> ModuleType:
+    """Import a suite.
+
+    Raises:
+        ValueError: it does not exist, its package is not installed, or no OpenGL backend works.
+    """
     expect_known("suite", name, SUITES)
     gl.select_backend()
     try:

@@ -11,7 +11,6 @@ AlohaInsertion, the peg touches the pin inside the socket.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import mujoco
@@ -23,13 +22,13 @@ from gym_aloha.constants import (  # pyright: ignore[reportMissingImports]
     unnormalize_puppet_gripper_position,
 )
 from gym_aloha.utils import sample_box_pose, sample_insertion_pose  # pyright: ignore[reportMissingImports]
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float32, Float64
 from scipy.spatial.transform import Rotation
 
 from dita.config import EnvConfig
 from dita.embodiment import load_embodiment
 from dita.envs import expect_known
-from dita.envs.base import RobotEnv, SimState
+from dita.envs.base import RobotEnv
 from dita.envs.experts import Hand, at_most, damped_least_squares, transfer_expert
 from dita.types import EmbodimentSpec
 
@@ -57,7 +56,6 @@ SUBSTEP = 0.002  # [s], the scenes' physics
 FINGERTIP = (0.15, 0.0, 0.0)  # [m] in the gripper's frame, which looks along x and opens along y
 GAIN = 0.2  # share of the way to its waypoint by which a hand's target moves in one step
 LEAD = 0.2  # [rad] by which a joint's target may lead the joint
-PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
 def make(config: EnvConfig, task: str) -> AlohaEnv:
@@ -76,7 +74,7 @@ class AlohaEnv(RobotEnv):
     """
 
     def __init__(self, embodiment: EmbodimentSpec, task: str, max_steps: int, fast_render: bool = True) -> None:
-        super().__init__("aloha", embodiment, TASKS, max_steps)
+        super().__init__("aloha", embodiment, TASKS, max_steps, fast_render)
         for fields in (embodiment.state, embodiment.action):
             if tuple((f.name, f.size) for f in fields) != FIELDS or any(f.mode != "absolute" for f in fields):
                 raise ValueError(
@@ -84,41 +82,16 @@ class AlohaEnv(RobotEnv):
                     f"fields {', '.join(f'{name}[{size}]' for name, size in FIELDS)}, as in sim_aloha.yaml"
                 )
         self._substeps = round(1 / embodiment.control_hz / SUBSTEP)
-        self.fast_render = fast_render
-        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
         self._load(task)
 
     def _load(self, task: str) -> None:
         expect_known("task", task, TASKS)
-        self.close()
         self.task, self.instruction = task, INSTRUCTIONS[task]
         self.model = mujoco.MjModel.from_xml_path(str(ASSETS_DIR / SCENES[task]))
         self.data = mujoco.MjData(self.model)
-        if self.fast_render:  # they are read when a renderer is created
-            self.model.vis.quality.offsamples = 0
-            self.model.vis.quality.shadowsize = 0
-        cameras = [self.model.camera(i).name for i in range(self.model.ncam)]
-        for camera in self.embodiment.cameras:
-            expect_known(f"camera of {task}", camera.name, cameras)
+        self._loaded()
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; the start is a function of (task, seed), a missing seed draws one.
-
-        Args:
-            seed: of the start, below 2**32.
-            options: {"task": name} switches the task.
-
-        Raises:
-            ValueError: unknown task or option, or a seed that NumPy's old generator does not take.
-        """
-        super().reset(seed=seed)
-        if unknown := set(options or {}) - {"task"}:
-            raise ValueError(f"unknown reset option {', '.join(sorted(unknown))}; there is: task")
-        if (task := (options or {}).get("task", self.task)) != self.task:
-            self._load(task)
-        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
+    def _place(self) -> None:
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:16] = self.data.ctrl[:] = START_ARM_POSE
         if self.task == "AlohaTransferCube":
@@ -126,9 +99,6 @@ class AlohaEnv(RobotEnv):
         else:
             self.data.qpos[16:] = np.concatenate(sample_insertion_pose(self.seed))
         mujoco.mj_forward(self.model, self.data)
-        self.steps, self.success = 0, False
-        self.start_hash = self._hash()
-        return {"state": self.state}, self._info()
 
     def step(self, action: Float32[np.ndarray, "a"]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Follow one set of joint targets for one control step; the reward is gym-aloha's stage, 0 to 4."""
@@ -184,17 +154,6 @@ class AlohaEnv(RobotEnv):
         space = self.observation_space["state"]  # pyright: ignore
         return np.clip(_normalised(self.data.qpos[:16]).astype(np.float32), space.low, space.high)
 
-    def picture(self, camera: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Render a camera of the scene, right side up."""
-        if (height, width) not in self._renderers:
-            self._renderers[height, width] = mujoco.Renderer(self.model, height, width)
-        renderer = self._renderers[height, width]
-        renderer.update_scene(self.data, camera)
-        if self.fast_render:
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        return renderer.render()
-
     def expert_action(self) -> Float32[np.ndarray, "14"]:
         """Return the action of the scripted expert: AlohaTransferCube has one."""
         expect_known("scripted expert", self.task, ("AlohaTransferCube",))
@@ -224,40 +183,6 @@ class AlohaEnv(RobotEnv):
         mujoco.mj_jac(self.model, self.data, linear, angular, point, body)
         first = 8 * SIDES.index(side)
         return np.vstack([linear, angular])[:, first : first + 6]
-
-    def warnings(self) -> dict[str, int]:
-        """Return MuJoCo's warnings since reset."""
-        kinds = list(mujoco.mjtWarning.__members__.items())
-        return {
-            name: int(self.data.warning[int(kind)].number)
-            for name, kind in kinds
-            if name != "mjNWARNING" and self.data.warning[int(kind)].number
-        }
-
-    def get_state(self) -> SimState:
-        """Save the physics, which has the targets in it; there is nothing else."""
-        physics = np.empty(mujoco.mj_stateSize(self.model, PHYSICS))
-        mujoco.mj_getState(self.model, self.data, physics, PHYSICS)
-        return SimState(self.task, self.seed, self.steps, self.success, physics, self.data.qpos.copy(), {})
-
-    def set_state(self, state: SimState) -> None:
-        """Restore a saved state of any task."""
-        self.reset(seed=state.seed, options={"task": state.task})
-        mujoco.mj_setState(self.model, self.data, state.physics, PHYSICS)
-        mujoco.mj_step1(self.model, self.data)
-        self.steps, self.success = state.steps, state.success
-
-    def close(self) -> None:
-        """Free the renderers; MuJoCo's own clean-up at exit comes too late for EGL."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
-
-    def _info(self) -> dict[str, Any]:
-        return {"success": self.success, "warnings": self.warnings(), "start_hash": self.start_hash}
-
-    def _hash(self) -> str:
-        return hashlib.sha256(self.task.encode() + self.get_state().physics.tobytes()).hexdigest()
 
 
 def _normalised(raw: Float64[np.ndarray, "16"]) -> Float64[np.ndarray, "14"]:

@@ -1,8 +1,16 @@
-"""The interface of every simulated suite: a gymnasium environment in SI units that renders only when asked."""
+# mujoco ships no types for its compiled part
+# pyright: reportAttributeAccessIssue=false
+"""The interface of every simulated suite: a gymnasium environment in SI units that renders only when asked.
+
+What every suite does alike stands here once: starts by seed, pictures, MuJoCo's warnings, save and restore.
+"""
 
 from __future__ import annotations
 
 import abc
+import copy
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +19,7 @@ import numpy as np
 from gymnasium import spaces
 from jaxtyping import Float32, Float64, UInt8
 
+from dita.envs import expect_known
 from dita.types import EmbodimentSpec, FieldSpec, RawObservation
 
 RENDER_SIZE = 256  # [px]
@@ -24,8 +33,7 @@ class SimState:
     seed: int
     steps: int
     success: bool
-    physics: Float64[np.ndarray, "n"]
-    full_observation: Float64[np.ndarray, "o"]  # what the expert sees
+    physics: Float64[np.ndarray, "n"]  # MuJoCo's integration state: with warm start, controls and mocap bodies
     attributes: dict[str, Any]  # the suite's own Python state
 
 
@@ -36,6 +44,9 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
     `reset` and `step` return only the state, because rendering costs far more than physics: `observe` renders. Wrap in
     `WithImages` for observations that carry the pictures. An episode is a success once any step was one; `terminated`
     says so, `truncated` says that max_steps is reached, and stepping on is allowed after either.
+
+    A suite implements the abstract part, and of the methods with a leading underscore those in which it differs. Its
+    constructor calls `_load`, which sets `task`, `instruction`, `model` and `data` and ends with `_loaded`.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}  # pyright: ignore
@@ -47,15 +58,57 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
     task: str
     instruction: str
     max_steps: int
+    model: Any  # mujoco.MjModel
+    data: Any  # mujoco.MjData
+    upside_down: frozenset[str] = frozenset()  # cameras that the suite mounts so
+    seed: int = 0
     steps: int = 0
     success: bool = False
     start_hash: str = ""  # SHA-256 of the simulator's state after reset
 
-    def __init__(self, suite: str, embodiment: EmbodimentSpec, tasks: tuple[str, ...], max_steps: int) -> None:
+    def __init__(
+        self, suite: str, embodiment: EmbodimentSpec, tasks: tuple[str, ...], max_steps: int, fast_render: bool = True
+    ) -> None:
         self.suite, self.embodiment, self.tasks, self.max_steps = suite, embodiment, tasks, max_steps
+        self.fast_render = fast_render
         self.observation_space = spaces.Dict({"state": _box(embodiment.state)})
         self.action_space = _box(embodiment.action)
         self.scale = np.repeat([f.scale for f in embodiment.action], [f.size for f in embodiment.action])
+        self._renderers: dict[tuple[int, int], Any] = {}
+
+    # ---- what a suite says
+
+    @abc.abstractmethod
+    def _load(self, task: str) -> None:
+        """Switch to a task.
+
+        Raises:
+            ValueError: it does not exist.
+        """
+
+    @abc.abstractmethod
+    def _place(self) -> None:
+        """Put robot and objects at the start of `self.seed`."""
+
+    @property
+    def _start_name(self) -> str:
+        """Return what starts of equal physics are told apart by."""
+        return self.task
+
+    def _hashed(self) -> Sequence[Any]:
+        """Return what makes a start beside physics: what `_place` writes into the model."""
+        return ()
+
+    def _attributes(self) -> dict[str, Any]:
+        """Return the state that the suite keeps in Python, copied by the caller."""
+        return {}
+
+    def _restore(self, attributes: dict[str, Any]) -> None:
+        """Take such a state, after the start that it belongs to."""
+
+    def _scene_option(self) -> Any:
+        """Return MuJoCo's MjvOption for pictures; None: its default."""
+        return None
 
     @property
     def stamp(self) -> float:
@@ -73,10 +126,6 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
         """The embodiment's state fields of this instant, SI."""
 
     @abc.abstractmethod
-    def picture(self, camera: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Render a camera of the suite, RGB, right side up; physics does not notice."""
-
-    @abc.abstractmethod
     def expert_action(self) -> Float32[np.ndarray, "a"]:
         """Return the scripted expert's action for this instant, SI, within the limits.
 
@@ -84,17 +133,106 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
             ValueError: the task has no expert.
         """
 
-    @abc.abstractmethod
+    # ---- what all do alike
+
+    def _loaded(self) -> None:
+        """Take a new model: quality of its pictures, and whether it has the embodiment's cameras."""
+        self.close()
+        if self.fast_render:  # on a CPU these two dominate; they are read when a renderer is created
+            self.model.vis.quality.offsamples = 0
+            self.model.vis.quality.shadowsize = 0
+        cameras = [self.model.camera(i).name for i in range(self.model.ncam)]
+        for camera in self.embodiment.cameras:
+            expect_known(f"camera of {self.task}", camera.name, cameras)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start an episode; the start is a function of (task, seed), a missing seed draws one.
+
+        Args:
+            seed: of the start.
+            options: {"task": name} switches the task.
+
+        Raises:
+            ValueError: unknown task or option.
+        """
+        super().reset(seed=seed)
+        if unknown := set(options or {}) - {"task"}:
+            raise ValueError(f"unknown reset option {', '.join(sorted(unknown))}; there is: task")
+        if (task := (options or {}).get("task", self.task)) != self.task:
+            self._load(task)
+        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
+        self._place()
+        self.begin()
+        return {"state": self.state}, self._info()
+
+    def begin(self) -> None:
+        """Make the present state the start of the episode."""
+        self.steps, self.success = 0, False
+        self.start_hash = self._hash()
+
+    def _info(self) -> dict[str, Any]:
+        return {"success": self.success, "warnings": self.warnings(), "start_hash": self.start_hash}
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256(self._start_name.encode())
+        for part in (self._physics(), *self._hashed()):
+            digest.update(np.ascontiguousarray(part).tobytes())
+        return digest.hexdigest()
+
+    def _physics(self) -> Float64[np.ndarray, "n"]:
+        import mujoco
+
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        physics = np.empty(mujoco.mj_stateSize(self.model, kind))
+        mujoco.mj_getState(self.model, self.data, physics, kind)
+        return physics
+
+    def get_state(self) -> SimState:
+        """Save the complete state; what `reset` writes into the model follows from the seed."""
+        attributes = copy.deepcopy(self._attributes())
+        return SimState(self.task, self.seed, self.steps, self.success, self._physics(), attributes)
+
+    def set_state(self, state: SimState) -> None:
+        """Restore a saved state, of this or of another instance, of any task; what follows is bit-equal."""
+        import mujoco
+
+        self.reset(seed=state.seed, options={"task": state.task})
+        self._restore(copy.deepcopy(state.attributes))
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco.mj_setState(self.model, self.data, state.physics, kind)
+        mujoco.mj_forward(self.model, self.data)  # positions of bodies and sites, contacts
+        mujoco.mj_setState(self.model, self.data, state.physics, kind)  # mj_forward moved the solver's warm start
+        self.steps, self.success = state.steps, state.success
+
     def warnings(self) -> dict[str, int]:
         """Return the simulator's warnings of this episode with their counts (MuJoCo's `mjData.warning`)."""
+        import mujoco
 
-    @abc.abstractmethod
-    def get_state(self) -> SimState:
-        """Save the complete state."""
+        counts = {name: int(kind) for name, kind in mujoco.mjtWarning.__members__.items() if name != "mjNWARNING"}
+        found = {name: int(self.data.warning[kind].number) for name, kind in counts.items()}
+        return {name: count for name, count in found.items() if count}
 
-    @abc.abstractmethod
-    def set_state(self, state: SimState) -> None:
-        """Restore a saved state, of this or of another instance; what follows is bit-equal."""
+    def picture(self, camera: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
+        """Render a camera of the suite, RGB, right side up; physics does not notice."""
+        import mujoco
+
+        if (height, width) not in self._renderers:
+            self._renderers[height, width] = mujoco.Renderer(self.model, height, width)
+        renderer = self._renderers[height, width]
+        renderer.update_scene(self.data, camera, self._scene_option())
+        if self.fast_render:
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        picture = renderer.render()
+        return np.ascontiguousarray(picture[::-1, ::-1]) if camera in self.upside_down else picture
+
+    def close(self) -> None:
+        """Free the renderers; MuJoCo's own clean-up at exit comes too late for EGL."""
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
 
     def observe(self) -> RawObservation:
         """Render the embodiment's cameras and return them with the state of this instant."""

@@ -11,17 +11,16 @@ Frame: the table's middle at its top, x away from the hand's start, y to its lef
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import mujoco
 import numpy as np
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float32, Float64
 
 from dita.config import EnvConfig
 from dita.embodiment import load_embodiment
 from dita.envs import expect_known
-from dita.envs.base import RobotEnv, SimState
+from dita.envs.base import RobotEnv
 from dita.envs.experts import choice_expert
 from dita.types import EmbodimentSpec
 
@@ -44,7 +43,6 @@ HOME = np.array([-0.17, 0.0, 0.12])  # [m]
 ROWS = np.array([-0.11, 0.0, 0.11])  # [m] y of the three places; with the jitter no two are closer than 7 cm
 PUSHED = 0.05  # [m] along x that count as pushed away
 NUDGED = 0.005  # [m] that count as having moved a wrong one
-PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 
 CYLINDER = """
     <body name="{0}" pos="0 0 {2}">
@@ -102,44 +100,21 @@ class ChoiceEnv(RobotEnv):
     """
 
     def __init__(self, embodiment: EmbodimentSpec, task: str, max_steps: int, fast_render: bool = True) -> None:
-        super().__init__("choice", embodiment, TASKS, max_steps)
-        self.fast_render = fast_render
-        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+        super().__init__("choice", embodiment, TASKS, max_steps, fast_render)
         cylinders = "".join(CYLINDER.format(c, rgba, HEIGHT / 2, RADIUS) for c, rgba in COLOURS.items())
         self.model = mujoco.MjModel.from_xml_string(SCENE.format(substep=SUBSTEP, tip=TIP, cylinders=cylinders))
         self.data = mujoco.MjData(self.model)
-        if fast_render:  # they are read when a renderer is created
-            self.model.vis.quality.offsamples = 0
-            self.model.vis.quality.shadowsize = 0
-        cameras = [self.model.camera(i).name for i in range(self.model.ncam)]
-        for camera in embodiment.cameras:
-            expect_known("camera of choice", camera.name, cameras)
         self._tip = self.model.geom("tip").id
         self._colour_of = {self.model.geom(colour).id: colour for colour in COLOURS}
         self._load(task)
+        self._loaded()
 
     def _load(self, task: str) -> None:
         expect_known("task", task, TASKS)
         self.task, self.instruction = task, INSTRUCTIONS[task]
         self._verb, self._named = task.split("-")
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; the start is a function of the seed, a missing seed draws one.
-
-        Args:
-            seed: of the start.
-            options: {"task": name} switches the task, and with it nothing but the sentence and what counts.
-
-        Raises:
-            ValueError: unknown task or option.
-        """
-        super().reset(seed=seed)
-        if unknown := set(options or {}) - {"task"}:
-            raise ValueError(f"unknown reset option {', '.join(sorted(unknown))}; there is: task")
-        self._load((options or {}).get("task", self.task))
-        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
+    def _place(self) -> None:
         rng = np.random.default_rng([self.seed, START])
         mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:3] = HOME + rng.uniform(-0.02, 0.02, 3)
@@ -149,9 +124,10 @@ class ChoiceEnv(RobotEnv):
         mujoco.mj_step1(self.model, self.data)  # from here on positions and contacts are those of the current state
         self._begin = self.places
         self._wrong = False
-        self.steps, self.success = 0, False
-        self.start_hash = hashlib.sha256(b"choice" + self.get_state().physics.tobytes()).hexdigest()
-        return {"state": self.state}, self._info()
+
+    @property
+    def _start_name(self) -> str:
+        return "choice"  # the same start for every task
 
     def step(self, action: Float32[np.ndarray, "3"]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Send the tip one SI step further, for 50 ms; the reward is 1 where the task is solved, else 0."""
@@ -191,17 +167,6 @@ class ChoiceEnv(RobotEnv):
         """The tip's position [m]."""
         return self.data.qpos[:3].astype(np.float32)
 
-    def picture(self, camera: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Render a camera of the scene: `front`, from behind the hand, or `top`."""
-        if (height, width) not in self._renderers:
-            self._renderers[height, width] = mujoco.Renderer(self.model, height, width)
-        renderer = self._renderers[height, width]
-        renderer.update_scene(self.data, camera)
-        if self.fast_render:
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        return renderer.render()
-
     def expert_action(self) -> Float32[np.ndarray, "3"]:
         """Return the scripted expert's action; it knows the task, not the sentence."""
         place, begin = self.places[self._named], self._begin[self._named]
@@ -210,35 +175,8 @@ class ChoiceEnv(RobotEnv):
         low, high = self.action_space.low, self.action_space.high  # pyright: ignore
         return np.clip(target - self.data.ctrl, low, high).astype(np.float32)
 
-    def warnings(self) -> dict[str, int]:
-        """Return MuJoCo's warnings since reset."""
-        kinds = list(mujoco.mjtWarning.__members__.items())
-        return {
-            name: int(self.data.warning[int(kind)].number)
-            for name, kind in kinds
-            if name != "mjNWARNING" and self.data.warning[int(kind)].number
-        }
+    def _attributes(self) -> dict[str, Any]:
+        return {"wrong": self._wrong}  # where the cylinders began follows from the seed
 
-    def get_state(self) -> SimState:
-        """Save physics and whether a wrong one was touched; where the cylinders began follows from the seed."""
-        physics = np.empty(mujoco.mj_stateSize(self.model, PHYSICS))
-        mujoco.mj_getState(self.model, self.data, physics, PHYSICS)
-        full = np.array(self.data.qpos)
-        return SimState(self.task, self.seed, self.steps, self.success, physics, full, {"wrong": self._wrong})
-
-    def set_state(self, state: SimState) -> None:
-        """Restore a saved state of any task."""
-        self.reset(seed=state.seed, options={"task": state.task})
-        mujoco.mj_setState(self.model, self.data, state.physics, PHYSICS)
-        mujoco.mj_step1(self.model, self.data)
-        self._wrong = state.attributes["wrong"]
-        self.steps, self.success = state.steps, state.success
-
-    def close(self) -> None:
-        """Free the renderers; MuJoCo's own clean-up at exit comes too late for EGL."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
-
-    def _info(self) -> dict[str, Any]:
-        return {"success": self.success, "warnings": self.warnings(), "start_hash": self.start_hash}
+    def _restore(self, attributes: dict[str, Any]) -> None:
+        self._wrong = attributes["wrong"]

@@ -1,14 +1,10 @@
-# mujoco ships no types for its compiled part
-# pyright: reportAttributeAccessIssue=false
 """Meta-World v3 (Yu et al. 2019; Farama 3.1.1): 50 tasks of a Sawyer arm moved by a mocap hand at 80 Hz."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
+from collections.abc import Sequence
 from typing import Any
 
-import mujoco
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -17,7 +13,7 @@ from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from dita.config import EnvConfig
 from dita.embodiment import load_embodiment
 from dita.envs import expect_known
-from dita.envs.base import RobotEnv, SimState
+from dita.envs.base import RobotEnv
 from dita.envs.experts import metaworld_expert
 from dita.types import EmbodimentSpec
 
@@ -73,10 +69,69 @@ INSTRUCTIONS = {
     "window-close-v3": "close the window",
     "window-open-v3": "open the window",
 }
+PARAPHRASES = {
+    "assembly-v3": ("place the ring over the peg", "pick up the ring and slide it onto the peg"),
+    "basketball-v3": ("drop the ball into the hoop", "pick up the ball and score a basket"),
+    "bin-picking-v3": (
+        "take the block from its bin and drop it in the other one",
+        "transfer the block to the second bin",
+    ),
+    "box-close-v3": ("close the box with its lid", "cover the box"),
+    "button-press-topdown-v3": ("push the button down", "press down on the button with the hand above it"),
+    "button-press-topdown-wall-v3": (
+        "go over the wall and push the button down",
+        "press the button behind the wall from above",
+    ),
+    "button-press-v3": ("push the button in", "press the button from the front"),
+    "button-press-wall-v3": ("go around the wall and push the button", "push the button behind the wall"),
+    "coffee-button-v3": ("start the coffee machine", "push the coffee maker's button"),
+    "coffee-pull-v3": ("drag the mug back from the coffee maker", "take the cup away from under the coffee machine"),
+    "coffee-push-v3": ("slide the cup below the coffee maker", "move the mug to where the coffee comes out"),
+    "dial-turn-v3": ("rotate the dial", "give the knob a turn"),
+    "disassemble-v3": ("remove the ring from the peg", "lift the ring from its peg"),
+    "door-close-v3": ("shut the door", "push the door until it is closed"),
+    "door-lock-v3": ("turn the lock so that the door is locked", "bolt the door"),
+    "door-open-v3": ("pull the door open", "get the door to stand open"),
+    "door-unlock-v3": ("turn the lock so that the door is unlocked", "release the door's lock"),
+    "drawer-close-v3": ("shut the drawer", "push the drawer in"),
+    "drawer-open-v3": ("pull the drawer out", "get the drawer to stand open"),
+    "faucet-close-v3": ("close the tap", "rotate the faucet's handle until the water stops"),
+    "faucet-open-v3": ("open the tap", "rotate the faucet's handle until the water runs"),
+    "hammer-v3": ("pick up the hammer and hit the nail", "hammer the nail into the board"),
+    "hand-insert-v3": ("insert the block into the hole", "reach into the hole with the block"),
+    "handle-press-side-v3": ("push the handle down, coming from the side", "from the side, lower the handle"),
+    "handle-press-v3": ("push the handle down", "lower the handle"),
+    "handle-pull-side-v3": ("lift the handle, coming from the side", "from the side, raise the handle"),
+    "handle-pull-v3": ("lift the handle", "raise the handle"),
+    "lever-pull-v3": ("lift the lever", "raise the lever"),
+    "peg-insert-side-v3": ("push the peg into the hole in the box's side", "put the peg sideways into the box"),
+    "peg-unplug-side-v3": ("pull the peg out of the box's side", "remove the peg sideways from the box"),
+    "pick-out-of-hole-v3": ("lift the block out of its hole", "get the block from the hole"),
+    "pick-place-v3": ("grasp the block and carry it to the goal", "lift the block and hold it at the target"),
+    "pick-place-wall-v3": (
+        "grasp the block and carry it across the wall to the goal",
+        "lift the block over the wall to the target",
+    ),
+    "plate-slide-back-side-v3": ("move the plate sideways out of the goal", "drag the puck out of the net to the side"),
+    "plate-slide-back-v3": ("move the plate back from the goal", "drag the puck out of the net"),
+    "plate-slide-side-v3": ("move the plate sideways to the goal", "push the puck into the net from the side"),
+    "plate-slide-v3": ("move the plate to the goal", "push the puck into the net"),
+    "push-back-v3": ("drag the block back to the goal", "bring the block towards you, to the target"),
+    "push-v3": ("slide the block to the goal", "shove the block onto the target"),
+    "push-wall-v3": ("slide the block past the wall to the goal", "move the block to the target behind the wall"),
+    "reach-v3": ("move the hand to the goal", "go to the target"),
+    "reach-wall-v3": ("move the hand past the wall to the goal", "go to the target beyond the wall"),
+    "shelf-place-v3": ("place the block on the shelf", "lift the block and set it on the shelf"),
+    "soccer-v3": ("score with the ball", "shove the ball into the net"),
+    "stick-pull-v3": ("use the stick to drag the thermos", "hook the thermos with the stick and pull it"),
+    "stick-push-v3": ("use the stick to shove the thermos", "move the thermos forward with the stick"),
+    "sweep-into-v3": ("brush the block into the hole", "push the block until it falls into the hole"),
+    "sweep-v3": ("brush the block off the table", "push the block over the table's edge"),
+    "window-close-v3": ("shut the window", "slide the window closed"),
+    "window-open-v3": ("slide the window open", "push the window open"),
+}
 TASKS = tuple(sorted(INSTRUCTIONS))
-UPSIDE_DOWN = {"corner", "corner2", "corner3", "corner4"}  # Meta-World mounts these cameras so
 START = 1  # purpose of the random numbers that draw a start from its seed
-PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION  # with warm start and mocap: what a bit-equal continuation needs
 
 
 def make(config: EnvConfig, task: str) -> MetaWorldEnv:
@@ -98,15 +153,14 @@ class MetaWorldEnv(RobotEnv):
     The state is the hand's position and the gripper's opening; object and goal stay hidden from the policy.
     """
 
+    upside_down = frozenset({"corner", "corner2", "corner3", "corner4"})  # Meta-World mounts these cameras so
+
     def __init__(self, embodiment: EmbodimentSpec, task: str, max_steps: int, fast_render: bool = True) -> None:
-        super().__init__("metaworld", embodiment, TASKS, max_steps)
-        self.fast_render = fast_render
-        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
+        super().__init__("metaworld", embodiment, TASKS, max_steps, fast_render)
         self._load(task)
 
     def _load(self, task: str) -> None:
         expect_known("task", task, TASKS)
-        self.close()
         self.task, self.instruction = task, INSTRUCTIONS[task]
         self._env: SawyerXYZEnv = ALL_V3_ENVIRONMENTS[task]()
         self._env._set_task_called = True
@@ -115,40 +169,12 @@ class MetaWorldEnv(RobotEnv):
         del self._env.sawyer_observation_space
         # it refuses to step after 500 steps; max_steps is ours to say
         self._env.max_path_length = np.iinfo(np.int64).max
-        if self.fast_render:  # on a CPU these two dominate; they are read when a renderer is created
-            self._env.model.vis.quality.offsamples = 0
-            self._env.model.vis.quality.shadowsize = 0
+        self.model, self.data = self._env.model, self._env.data
         if task not in GOAL_IN_PICTURE:
-            for i in range(self._env.model.nsite):
-                if self._env.model.site(i).name.startswith("goal"):
-                    self._env.model.site_rgba[i, 3] = 0
-        cameras = [self._env.model.camera(i).name for i in range(self._env.model.ncam)]
-        for camera in self.embodiment.cameras:
-            expect_known(f"camera of {task}", camera.name, cameras)
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; the start is a function of (task, seed), a missing seed draws one.
-
-        Args:
-            seed: of the start.
-            options: {"task": name} switches the task.
-
-        Raises:
-            ValueError: unknown task or option.
-        """
-        super().reset(seed=seed)
-        if unknown := set(options or {}) - {"task"}:
-            raise ValueError(f"unknown reset option {', '.join(sorted(unknown))}; there is: task")
-        if (task := (options or {}).get("task", self.task)) != self.task:
-            self._load(task)
-        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
-        self._place()
-        self._expert = metaworld_expert(self.task)
-        self.steps, self.success = 0, False
-        self.start_hash = self._hash()
-        return {"state": self.state}, self._info()
+            for i in range(self.model.nsite):
+                if self.model.site(i).name.startswith("goal"):
+                    self.model.site_rgba[i, 3] = 0
+        self._loaded()
 
     def _place(self) -> None:
         # Meta-World ignores reset(seed). Let the task draw from our generator first (some tasks reject starts until
@@ -159,6 +185,7 @@ class MetaWorldEnv(RobotEnv):
         env.reset_model()
         env._freeze_rand_vec = True
         self._full, _ = env.reset()
+        self._expert = metaworld_expert(self.task)
 
     def step(self, action: Float32[np.ndarray, "a"]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Move the hand by one SI action for 12.5 ms; the reward is Meta-World's."""
@@ -181,63 +208,21 @@ class MetaWorldEnv(RobotEnv):
         """Render one of Meta-World's cameras, right side up."""
         for site in self._env._target_site_config:  # stepping puts the goal's marker back where the model has it
             self._env._set_pos_site(*site)
-        if (height, width) not in self._renderers:
-            self._renderers[height, width] = mujoco.Renderer(self._env.model, height, width)
-        renderer = self._renderers[height, width]
-        renderer.update_scene(self._env.data, camera)
-        if self.fast_render:
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        picture = renderer.render()
-        return np.ascontiguousarray(picture[::-1, ::-1]) if camera in UPSIDE_DOWN else picture
+        return super().picture(camera, height, width)
 
     def expert_action(self) -> Float32[np.ndarray, "a"]:
         """Return the clipped action of Meta-World's own controller, SI."""
         return (self._expert(self._full) * self.scale).astype(np.float32)
 
-    def warnings(self) -> dict[str, int]:
-        """Return MuJoCo's warnings since reset."""
-        kinds = list(mujoco.mjtWarning.__members__.items())
-        return {
-            name: int(self._env.data.warning[int(kind)].number)
-            for name, kind in kinds
-            if name != "mjNWARNING" and self._env.data.warning[int(kind)].number
-        }
+    def _hashed(self) -> Sequence[Any]:
+        return self.model.body_pos, self.model.site_pos, self._env._target_pos
 
-    def get_state(self) -> SimState:
-        """Save physics and Meta-World's Python attributes; what `reset` writes into the model follows from the seed."""
-        model, data = self._env.model, self._env.data
-        physics = np.empty(mujoco.mj_stateSize(model, PHYSICS))
-        mujoco.mj_getState(model, data, physics, PHYSICS)
-        attributes = copy.deepcopy({k: v for k, v in vars(self._env).items() if _is_value(v)})
-        return SimState(self.task, self.seed, self.steps, self.success, physics, self._full.copy(), attributes)
+    def _attributes(self) -> dict[str, Any]:
+        return {"full": self._full, "env": {k: v for k, v in vars(self._env).items() if _is_value(v)}}
 
-    def set_state(self, state: SimState) -> None:
-        """Restore a saved state of any task."""
-        self.reset(seed=state.seed, options={"task": state.task})
-        vars(self._env).update(copy.deepcopy(state.attributes))
-        self._full = state.full_observation.copy()
-        model, data = self._env.model, self._env.data
-        mujoco.mj_setState(model, data, state.physics, PHYSICS)
-        mujoco.mj_forward(model, data)  # positions of bodies and sites, contacts
-        mujoco.mj_setState(model, data, state.physics, PHYSICS)  # mj_forward moved the solver's warm start
-        self.steps, self.success = state.steps, state.success
-
-    def close(self) -> None:
-        """Free the renderers; MuJoCo's own clean-up at exit comes too late for EGL."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
-
-    def _info(self) -> dict[str, Any]:
-        return {"success": self.success, "warnings": self.warnings(), "start_hash": self.start_hash}
-
-    def _hash(self) -> str:
-        model = self._env.model
-        parts = (self.get_state().physics, model.body_pos, model.site_pos, self._env._target_pos)
-        return hashlib.sha256(
-            self.task.encode() + b"".join(np.ascontiguousarray(p).tobytes() for p in parts)
-        ).hexdigest()
+    def _restore(self, attributes: dict[str, Any]) -> None:
+        self._full = attributes["full"]
+        vars(self._env).update(attributes["env"])
 
 
 def _is_value(value: Any) -> bool:

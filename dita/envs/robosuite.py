@@ -10,20 +10,19 @@ is robosuite's grip site, between the finger tips. The embodiment says everythin
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mujoco
 import numpy as np
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float32, Float64
 from scipy.spatial.transform import Rotation
 
 from dita.config import EnvConfig
 from dita.embodiment import load_embodiment, slices
 from dita.envs import expect_known
-from dita.envs.base import RobotEnv, SimState
+from dita.envs.base import RobotEnv
 from dita.envs.experts import damped_least_squares, lift_expert
 from dita.types import EmbodimentSpec, FieldSpec
 
@@ -40,12 +39,40 @@ INSTRUCTIONS = {
     "NutAssembly": "put both nuts onto their pegs",
     "NutAssemblySquare": "put the square nut onto the square peg",
 }
+PARAPHRASES = {
+    "Lift": ("pick up the red cube", "raise the red block off the table", "grab the red cube and hold it up"),
+    "Stack": (
+        "stack the red cube on the green cube",
+        "set the red block on top of the green block",
+        "pick up the red cube and place it upon the green one",
+    ),
+    "Door": ("pull the door open", "turn the handle and open the door", "get the door to stand open"),
+    "PickPlace": (
+        "sort all objects into their bins",
+        "bring each object to the bin where it belongs",
+        "move everything into the matching bins",
+    ),
+    "PickPlaceCan": (
+        "place the can in the bin where it belongs",
+        "pick up the can and drop it into its bin",
+        "move the can over to its bin",
+    ),
+    "NutAssembly": (
+        "fit both nuts onto the matching pegs",
+        "place the square and the round nut on their pegs",
+        "slide each nut over its peg",
+    ),
+    "NutAssemblySquare": (
+        "fit the square nut over the square peg",
+        "slide the square ring onto the peg with corners",
+        "pick up the square nut and place it on its peg",
+    ),
+}
 TASKS = tuple(INSTRUCTIONS)
 START = 1  # purpose of the random numbers that draw a start from its seed
 MODEL_SEED = 0  # of what robosuite draws while it builds a model, the cube's size: the same in every episode
 SUBSTEP = 0.002  # [s], robosuite's physics
 GRIPPER_STEP = 0.05  # [s] in which robosuite's gripper command moves by its speed
-PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 # Both take absolute goals, because only `RobosuiteEnv` composes deltas. robosuite's JOINT_POSITION has kp 50, which
 # lags 0.3 s; this is as stiff as a real arm's position interface.
 CONTROLLERS = {
@@ -67,7 +94,7 @@ class RobosuiteEnv(RobotEnv):
     """A robosuite task; its start depends on (embodiment, task, seed) only."""
 
     def __init__(self, embodiment: EmbodimentSpec, task: str, max_steps: int, fast_render: bool = True) -> None:
-        super().__init__("robosuite", embodiment, TASKS, max_steps)
+        super().__init__("robosuite", embodiment, TASKS, max_steps, fast_render)
         suite, _, name = embodiment.name.partition("_")
         if suite != "robosuite" or name.split("_")[0] not in ROBOTS:
             raise ValueError(
@@ -76,13 +103,10 @@ class RobosuiteEnv(RobotEnv):
             )
         self._robot_name = ROBOTS[name.split("_")[0]]
         self._joint = any(f.kind == "joint_position" for f in embodiment.action)
-        self.fast_render = fast_render
-        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
         self._load(task)
 
     def _load(self, task: str) -> None:
         expect_known("task", task, TASKS)
-        self.close()
         self.task, self.instruction = task, INSTRUCTIONS[task]
         kind = "JOINT_POSITION" if self._joint else "OSC_POSE"
         arm = {
@@ -106,17 +130,12 @@ class RobosuiteEnv(RobotEnv):
                 renderer="mujoco",
             )
         self.model, self.data = self._env.sim.model._model, self._env.sim.data._data
-        if self.fast_render:  # they are read when a renderer is created
-            self.model.vis.quality.offsamples = 0
-            self.model.vis.quality.shadowsize = 0
         robot = self._env.robots[0]
         self._arm, self._fingers = robot.part_controllers["right"], robot.part_controllers["right_gripper"]
         self._gripper = robot.gripper["right"]
         self._finger = self.model.joint(robot.gripper_joints["right"][0])
         self._shut, self._open = self._finger_range()
-        cameras = [self.model.camera(i).name for i in range(self.model.ncam)]
-        for camera in self.embodiment.cameras:
-            expect_known(f"camera of {task}", camera.name, cameras)
+        self._loaded()
         for field, size in ((f, len(self._arm.qpos_index)) for f in (*self.embodiment.state, *self.embodiment.action)):
             if field.kind.startswith("joint_") and field.size != size:
                 raise ValueError(f"{self._robot_name} has {size} joints, field {field.name} has {field.size}")
@@ -132,24 +151,7 @@ class RobosuiteEnv(RobotEnv):
             ends.append(float((low + high) / 2 + (high - low) / 2 * self._gripper.current_action[0]))
         return ends[0], ends[1]
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; the start is a function of (task, seed), a missing seed draws one.
-
-        Args:
-            seed: of the start.
-            options: {"task": name} switches the task.
-
-        Raises:
-            ValueError: unknown task or option.
-        """
-        super().reset(seed=seed)
-        if unknown := set(options or {}) - {"task"}:
-            raise ValueError(f"unknown reset option {', '.join(sorted(unknown))}; there is: task")
-        if (task := (options or {}).get("task", self.task)) != self.task:
-            self._load(task)
-        self.seed = int(self.np_random.integers(2**31)) if seed is None else seed
+    def _place(self) -> None:
         start = np.random.default_rng([self.seed, START]).integers(2**32)
         with _numpy_seeded(int(start)):
             self._env.reset()
@@ -158,9 +160,13 @@ class RobosuiteEnv(RobotEnv):
         self._gripper.current_action = np.zeros(len(self._gripper.actuators))
         self._env.sim.step1()  # from here on positions, Jacobians and contacts are those of the current state
         self._goal = self.configuration
-        self.steps, self.success = 0, False
-        self.start_hash = self._hash()
-        return {"state": self.state}, self._info()
+
+    @property
+    def _start_name(self) -> str:
+        return f"{self.embodiment.name}/{self.task}"
+
+    def _hashed(self) -> Sequence[Any]:
+        return self.model.body_pos, self.model.body_quat, self.model.geom_size
 
     def step(self, action: Float32[np.ndarray, "a"]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Move the goal by one SI action and the arm for one control step; the reward is robosuite's sparse one."""
@@ -293,19 +299,11 @@ class RobosuiteEnv(RobotEnv):
         inverse = turn.inv()
         return inverse.apply(site.xpos - origin), inverse * Rotation.from_matrix(site.xmat.reshape(3, 3))
 
-    def picture(self, camera: str, height: int, width: int) -> UInt8[np.ndarray, "h w 3"]:
-        """Render a camera of the scene, right side up, without collision shapes and markers."""
-        if (height, width) not in self._renderers:
-            self._renderers[height, width] = mujoco.Renderer(self.model, height, width)
-        renderer = self._renderers[height, width]
+    def _scene_option(self) -> mujoco.MjvOption:
         option = mujoco.MjvOption()
-        option.geomgroup[0] = 0
-        option.sitegroup[:] = 0
-        renderer.update_scene(self.data, camera, option)
-        if self.fast_render:
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-            renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        return renderer.render()
+        option.geomgroup[0] = 0  # collision shapes
+        option.sitegroup[:] = 0  # markers
+        return option
 
     def expert_action(self) -> Float32[np.ndarray, "a"]:
         """Return the action of the scripted expert: Lift has one."""
@@ -365,44 +363,12 @@ class RobosuiteEnv(RobotEnv):
         back = self._base()[1].inv().as_matrix()
         return np.vstack([back @ linear, back @ angular])[:, self._arm.qvel_index]
 
-    def warnings(self) -> dict[str, int]:
-        """Return MuJoCo's warnings since reset."""
-        kinds = list(mujoco.mjtWarning.__members__.items())
-        return {
-            name: int(self.data.warning[int(kind)].number)
-            for name, kind in kinds
-            if name != "mjNWARNING" and self.data.warning[int(kind)].number
-        }
+    def _attributes(self) -> dict[str, Any]:
+        return {"goal": self._goal, "gripper": np.array(self._gripper.current_action, float)}
 
-    def get_state(self) -> SimState:
-        """Save physics, goal and gripper; what `reset` writes into the model follows from the seed."""
-        physics = np.empty(mujoco.mj_stateSize(self.model, PHYSICS))
-        mujoco.mj_getState(self.model, self.data, physics, PHYSICS)
-        attributes = {"goal": self._goal.copy(), "gripper": np.array(self._gripper.current_action, float)}
-        return SimState(self.task, self.seed, self.steps, self.success, physics, self.configuration, attributes)
-
-    def set_state(self, state: SimState) -> None:
-        """Restore a saved state of any task."""
-        self.reset(seed=state.seed, options={"task": state.task})
-        mujoco.mj_setState(self.model, self.data, state.physics, PHYSICS)
-        self._env.sim.step1()
-        self._goal = state.attributes["goal"].copy()
-        self._gripper.current_action = state.attributes["gripper"].copy()
-        self.steps, self.success = state.steps, state.success
-
-    def close(self) -> None:
-        """Free the renderers; MuJoCo's own clean-up at exit comes too late for EGL."""
-        for renderer in self._renderers.values():
-            renderer.close()
-        self._renderers.clear()
-
-    def _info(self) -> dict[str, Any]:
-        return {"success": self.success, "warnings": self.warnings(), "start_hash": self.start_hash}
-
-    def _hash(self) -> str:
-        parts = (self.get_state().physics, self.model.body_pos, self.model.body_quat, self.model.geom_size)
-        text = f"{self.embodiment.name}/{self.task}"
-        return hashlib.sha256(text.encode() + b"".join(np.ascontiguousarray(p).tobytes() for p in parts)).hexdigest()
+    def _restore(self, attributes: dict[str, Any]) -> None:
+        self._goal = attributes["goal"]
+        self._gripper.current_action = attributes["gripper"]
 
 
 def _wxyz(turn: Rotation) -> Float64[np.ndarray, "4"]:

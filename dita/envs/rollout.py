@@ -17,10 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float32
 
-from dita.config import EnvConfig
+from dita.config import EnvConfig, PerturbConfig
 from dita.envs import make
 from dita.envs.base import RobotEnv
+from dita.envs.ensemble import Ensemble
 from dita.envs.guarded import Guarded, shipped_guard
+from dita.envs.perturb import Perturbation
 from dita.envs.video import write_mp4
 from dita.envs.workers import Worker, answered
 from dita.types import ActionChunk, EmbodimentSpec, RawObservation
@@ -53,6 +55,7 @@ class Start:
     index: int  # in its task
     seed: int
     record: str | None  # folder for its video and trace
+    picture: str | None = None  # folder for its last picture, should it fail and not be recorded
 
     @property
     def name(self) -> str:
@@ -124,20 +127,37 @@ class Turn:
     ended: Mapping[str, Any] | None  # fields of EpisodeResult
 
 
+@dataclass(frozen=True)
+class Rules:
+    """What else episodes are played by."""
+
+    guard: bool = False  # the robot's guard stands between chunks and environment; its faults end an episode
+    temporal_ensembling: float | None = None  # decay of `dita.envs.ensemble`
+    perturb: PerturbConfig | None = None
+
+
+PLAIN = Rules()
+
+
 class Player:
     """Lives in a worker process: plays one episode after the other, chunk by chunk."""
 
-    def __init__(self, config: EnvConfig, timing: Timing, guard: bool = False) -> None:
-        self.config, self.timing, self.guard = config, timing, guard
+    def __init__(self, config: EnvConfig, timing: Timing, rules: Rules) -> None:
+        self.config, self.timing, self.rules = config, timing, rules
         self._env: RobotEnv | None = None
+        self._perturbation = None if rules.perturb is None else Perturbation(config, rules.perturb)
 
     def start(self, start: Start) -> Turn:
         """Begin an episode."""
         env = self._env = self._env or make(self.config, start.task)
         env.reset(seed=start.seed, options={"task": start.task})
+        if self._perturbation is not None:
+            self._perturbation.begin(env, start.seed)
         self._start, self._recorder = start, Recorder(start, env) if start.record else None
         self._frames: dict[int, RawObservation] = {0: env.observe()}
-        self._guarded = Guarded(env, shipped_guard()) if self.guard else None
+        self._guarded = Guarded(env, shipped_guard()) if self.rules.guard else None
+        decay = self.rules.temporal_ensembling
+        self._ensemble = None if decay is None else Ensemble(env.embodiment, decay)
         return self._turn()
 
     def run(self, values: Float32[np.ndarray, "n a"] | None) -> Turn:
@@ -148,6 +168,8 @@ class Player:
             return self._end("an action is not finite")
         if self._recorder:
             self._recorder.chunk(values)
+        if self._ensemble is not None and values is not None:
+            values = self._ensemble.chunk(env.steps, values)
         guarded = self._guarded if values is not None else None
         if guarded is not None and values is not None:
             guarded.chunk(values)
@@ -159,6 +181,8 @@ class Player:
             else:
                 action = env.expert_action() if values is None else values[i]
             _, _, _, truncated, _ = env.step(action)
+            if self._ensemble is not None:
+                self._ensemble.executed(np.clip(action, env.action_space.low, env.action_space.high))  # pyright: ignore
             if self._recorder:
                 self._recorder.step(action)
             if warnings := env.warnings():
@@ -188,6 +212,12 @@ class Player:
         success = reason == "success"
         if self._recorder:
             self._recorder.write(success)
+        elif self._start.picture is not None and not success and env.embodiment.cameras:
+            from matplotlib.image import imsave  # not in every worker's start
+
+            path = Path(self._start.picture) / f"episode_{self._start.index}_failure.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            imsave(path, env.render(), format="jpeg", pil_kwargs={"quality": 80})
         return Turn(
             (),
             {
@@ -232,6 +262,7 @@ class Recorder:
         trace = {
             "task": self._start.task,
             "seed": self._start.seed,
+            "instruction": self._env.instruction,
             "embodiment": spec.name,
             "dt": 1 / spec.control_hz,
             "action_fields": [{"name": f.name, "size": f.size, "unit": f.unit} for f in spec.action],
@@ -252,20 +283,19 @@ def rollout(
     n_envs: int,
     batch_size: int,
     num_inference_steps: int | None = None,
-    guard: bool = False,
+    rules: Rules = PLAIN,
 ) -> Iterator[EpisodeResult]:
     """Play every start and yield the results as they end.
 
     The policy is called as soon as a batch of environments waits for it, while the others simulate: with n_envs twice
-    the batch_size neither side idles. A free environment takes the next start. With `guard`, the robot's guard stands
-    between chunks and environment, and its faults end an episode.
+    the batch_size neither side idles. A free environment takes the next start.
 
     Raises:
         RuntimeError: a worker process died; names its episode.
         ValueError: unknown task, a policy that does not fit, or a chunk shorter than n_action_steps.
     """
     waiting = deque(starts)
-    workers = [Worker(Player, env, timing, guard) for _ in range(min(n_envs, len(starts)))]
+    workers = [Worker(Player, env, timing, rules) for _ in range(min(n_envs, len(starts)))]
     playing: dict[Worker, _Playing] = {}
     ready: dict[Worker, Sequence[RawObservation]] = {}  # those of them that wait for the policy
     try:
@@ -285,7 +315,7 @@ def rollout(
             began = time.perf_counter()
             chunks = policy.predict_batch(
                 [ready.pop(worker) for worker in group],
-                [playing[worker].noise_seed() for worker in group],
+                [noise_seed(playing[worker].start, len(playing[worker].latency)) for worker in group],
                 embodiment=embodiment,
                 num_inference_steps=num_inference_steps,
                 batch_size=batch_size,
@@ -306,14 +336,16 @@ class _Playing:
         self.start = start
         self.latency: list[float] = []
 
-    def noise_seed(self) -> int:
-        return int(np.random.default_rng([self.start.seed, POLICY_NOISE, len(self.latency)]).integers(2**63))
-
     def result(self, ended: Mapping[str, Any]) -> EpisodeResult:
         s = self.start
         return EpisodeResult(
             task=s.task, index=s.index, seed=s.seed, replans=len(self.latency), latency=tuple(self.latency), **ended
         )
+
+
+def noise_seed(start: Start, calls: int) -> int:
+    """Return the seed of an episode's policy call, before which there were `calls`."""
+    return int(np.random.default_rng([start.seed, POLICY_NOISE, calls]).integers(2**63))
 
 
 def _next_start(worker: Worker, waiting: deque[Start], playing: dict[Worker, _Playing]) -> None:

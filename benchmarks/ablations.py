@@ -1,0 +1,374 @@
+"""What decides our defaults: one question at a time, on the same starts, each answered by a card in docs/evidence.
+
+make ablations                                        # those that need no training, on the demo's checkpoint
+python -m benchmarks.ablations spacing ensembling --episodes 150
+python -m benchmarks.ablations --trained --steps 600 --seeds 0 1 2   # trains every variant; hours; resumes
+python -m benchmarks.ablations frames --steps 60 --episodes 10       # does it run? its answer means little
+
+A variant differs from the baseline in what its line says and in nothing else. One training seed speaks about one
+checkpoint: pairs by start, McNemar's exact test. Three or more speak about the method: clustered by training seed and
+start. Holm's correction covers the variants of a question. Everything that was trained or played is kept and continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dita.cli import compose
+from dita.compare import compare_outcomes, outcomes
+from dita.config import EvalConfig
+from dita.evaluate import evaluate, fingerprint, identity
+from dita.policy.diffusion import Diffusion
+from dita.policy.policy import DitaPolicy
+from dita.statistics import LEVEL, MIN_SEEDS, compare_methods, compare_pairs, holm, rate
+
+ROOT = Path(__file__).parent.parent
+OUT = Path("outputs/ablations")
+PAGE = ROOT / "docs" / "evidence"
+TASKS = ("button-press-topdown-v3", "drawer-open-v3")
+SMALLEST_EFFECT = 0.1  # declared beforehand: below it two methods are equivalent
+PROBE_STEPS = 20  # after which a variant's time per step is read, for equal wall time
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a card."""
+
+    name: str
+    sampler: Mapping[str, Any] = field(default_factory=dict)  # changes of the checkpoint's DiffusionConfig
+    eval: tuple[str, ...] = ()  # overrides of dita eval
+    train: tuple[str, ...] = ()  # overrides of dita train
+
+
+@dataclass(frozen=True)
+class Question:
+    """A card: the first variant is the baseline, and what we ship."""
+
+    text: str
+    variants: tuple[Variant, ...]
+    trained: bool = False  # each variant is trained; else all of them are one checkpoint
+    equal_time: bool = False  # as long as the baseline, in wall time, instead of as many steps
+
+
+SHIPPED = Variant("as shipped")
+QUESTIONS: dict[str, Question] = {
+    "spacing": Question(
+        "Does trailing spacing of the denoising steps do better than leading, whose first step is not pure noise?",
+        (Variant("leading", {"timestep_spacing": "leading"}), Variant("trailing", {"timestep_spacing": "trailing"})),
+    ),
+    "denoising_steps": Question(
+        "How many denoising steps does it take?",
+        tuple(Variant(f"{n} steps", eval=(f"num_inference_steps={n}",)) for n in (10, 5, 20)),
+    ),
+    "n_action_steps": Question(
+        "How many actions of a chunk should be executed before the next one? 1 is the official decoding.",
+        tuple(Variant(f"{n} actions", eval=(f"n_action_steps={n}",)) for n in (8, 1, 4, 16)),
+    ),
+    "ensembling": Question(
+        "Does averaging overlapping chunks, as ACT does, help where every step is planned anew?",
+        (
+            Variant("one action per inference", eval=("n_action_steps=1",)),
+            Variant("the same, ensembled", eval=("n_action_steps=1", "temporal_ensembling=0.01")),
+            Variant("four actions, ensembled", eval=("n_action_steps=4", "temporal_ensembling=0.01")),
+        ),
+    ),
+    "frames": Question(
+        "How many frames should the policy see?",
+        tuple(Variant(f"{n} frame{'s' * (n > 1)}", train=(f"policy.n_obs_steps={n}",)) for n in (2, 1, 4)),
+        trained=True,
+    ),
+    "noise_samples": Question(
+        "How many noise samples per encoded context are best for the same wall time of training?",
+        tuple(Variant(f"K = {k}", train=(f"noise_samples_per_context={k}",)) for k in (4, 1, 8)),
+        trained=True,
+        equal_time=True,
+    ),
+    "state_tokens": Question(
+        "Does the policy need to be told the robot's state?",
+        (SHIPPED, Variant("pictures and words only", train=("policy.state_tokens=false",))),
+        trained=True,
+    ),
+    "action_attention": Question(
+        "Should later actions inform earlier ones?",
+        (
+            Variant("causal", train=("policy.action_attention=causal",)),
+            Variant("bidirectional", train=("policy.action_attention=bidirectional",)),
+        ),
+        trained=True,
+    ),
+    "objective": Question(
+        "Flow matching with 5 Euler steps against diffusion with DDIM, on the same network?",
+        (
+            Variant("diffusion, DDIM"),
+            Variant(
+                "flow, 5 Euler steps",
+                train=(
+                    "diffusion.objective=flow", "diffusion.prediction_type=velocity", "diffusion.solver=euler",
+                    "diffusion.clip_sample=null", "diffusion.num_inference_steps=5",
+                ),
+            ),
+        ),
+        trained=True,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent on an answer."""
+
+    tasks: tuple[str, ...]
+    episodes: int  # unseen starts per task
+    seeds: tuple[int, ...]  # of training
+    steps: int  # of training
+    demonstrations: int  # per task
+    experiment: str
+    checkpoints: tuple[str, ...]  # of questions that train nothing, one per training seed
+    out: Path
+    page: Path
+    n_envs: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a variant reached, and how it differs from the baseline."""
+
+    name: str
+    successes: int
+    episodes: int
+    interval: tuple[float, float]
+    difference: float | None  # to the baseline, which has none
+    difference_interval: tuple[float, float] | None
+    p: float | None
+    p_holm: float | None
+    verdict: str
+
+
+def answer(name: str, budget: Budget) -> Path:
+    """Play, and where needed train, every variant of a question and write its card; what is there is kept.
+
+    Raises:
+        FileNotFoundError: no checkpoint, with what to run first.
+        RuntimeError: a command failed; its own message stands above.
+    """
+    question = QUESTIONS[name]
+    steps: dict[str, int] = {}
+    played = {}
+    for variant in question.variants:
+        runs = _train(name, question, variant, budget, steps) if question.trained else budget.checkpoints
+        folders = [_folder(name, question, variant, i, budget) for i in range(len(runs))]
+        for run, folder in zip(runs, folders, strict=True):
+            _play(variant, Path(run), folder, budget)
+        played[variant.name] = [str(folder) for folder in folders]
+    lines = compare_variants(played)
+    return write_card(name, question, lines, budget, steps, played)
+
+
+def compare_variants(played: Mapping[str, Sequence[str]]) -> list[Line]:
+    """Compare evaluations of several variants, one per training seed each, with those of the first variant.
+
+    Raises:
+        ValueError: they did not play the same starts.
+    """
+    found = {name: [outcomes(folder) for folder in folders] for name, folders in played.items()}
+    (first, baseline), *others = found.items()
+    for name, runs in found.items():
+        for folder, run in zip(played[name], runs, strict=True):
+            compare_outcomes(played[first][0], folder, baseline[0], run)  # refuses starts that are not the same
+    keys = sorted(baseline[0])
+    wins = {name: np.array([[run[k][1] for k in keys] for run in runs], bool) for name, runs in found.items()}
+    differences = {name: _difference(wins[first], wins[name]) for name, _ in others}
+    adjusted = holm({name: p for name, (_, _, p) in differences.items()})
+    lines = [_line(first, wins[first], None, None)]
+    return lines + [_line(name, wins[name], differences[name], adjusted[name]) for name, _ in others]
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[float, float], float]:
+    """Return difference b - a, its 95 % interval and p: between methods where there are seeds for it."""
+    if len(a) >= MIN_SEEDS:
+        methods = compare_methods(a, b, SMALLEST_EFFECT)
+        return methods.difference, methods.interval, methods.p
+    pairs = compare_pairs(a.ravel().tolist(), b.ravel().tolist())
+    return pairs.difference, pairs.interval, pairs.p
+
+
+def _line(
+    name: str, wins: np.ndarray, difference: tuple[float, tuple[float, float], float] | None, p_holm: float | None
+) -> Line:
+    r = rate(wins.ravel().tolist())
+    if difference is None or p_holm is None:
+        return Line(name, r.successes, r.episodes, r.interval, None, None, None, None, "baseline")
+    value, interval, p = difference
+    verdict = "no detectable effect" if p_holm > 1 - LEVEL else "works" if value > 0 else "hurts"
+    return Line(name, r.successes, r.episodes, r.interval, value, interval, p, p_holm, verdict)
+
+
+def write_card(
+    name: str,
+    question: Question,
+    lines: Sequence[Line],
+    budget: Budget,
+    steps: Mapping[str, int],
+    played: Mapping[str, Sequence[str]],
+) -> Path:
+    """Write docs/evidence/ablation_<name>.md and the JSON behind it."""
+    seeds = len(next(iter(played.values())))
+    what = f"{seeds} training seeds, clustered by training seed and start"
+    if seeds < MIN_SEEDS:
+        few = "1 training seed" if seeds == 1 else f"{seeds} training seeds"
+        what = f"{few}: pairs by start, McNemar exact; it speaks about what was played here, not about the method"
+    trained = f", {budget.demonstrations} demonstrations per task, {budget.steps} steps" if question.trained else ""
+    if question.equal_time:
+        trained += f" of the baseline and as long for the others ({', '.join(f'{k}: {n}' for k, n in steps.items())})"
+    page = [
+        f"# {question.text}", "",
+        f"    {_command(name, question, budget)}", "",
+        f"Tasks {', '.join(budget.tasks)}; {budget.episodes} unseen starts each, the same for all{trained}.", "",
+        f"{what[0].upper()}{what[1:]}.", "",
+        "| variant | success | 95 % interval | against the first | 95 % interval | p | p (Holm) | verdict |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_row(line) for line in lines), "",
+        f"**Verdict: {_verdict(lines)}**", "",
+        "A null result says what so many pairs could have seen: read the interval of the difference.", "",
+    ]  # fmt: skip
+    budget.page.mkdir(parents=True, exist_ok=True)
+    folder = {variant: list(folders) for variant, folders in played.items()}
+    values = {
+        "question": question.text, "variants": [asdict(v) for v in question.variants],
+        "lines": [asdict(line) for line in lines], "seeds": list(budget.seeds) if question.trained else seeds,
+        "steps": dict(steps), "evaluations": folder, "fingerprint": fingerprint(),
+    }  # fmt: skip
+    (budget.page / f"ablation_{name}.json").write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
+    card = budget.page / f"ablation_{name}.md"
+    card.write_text("\n".join(page))
+    return card
+
+
+def _verdict(lines: Sequence[Line]) -> str:
+    return "; ".join(f"{line.name}: {line.verdict}" for line in lines[1:])
+
+
+def _row(line: Line) -> str:
+    low, high = line.interval
+    cells = [line.name, f"{line.successes}/{line.episodes}", f"{low:.1%} .. {high:.1%}"]
+    if line.difference is None or line.difference_interval is None:
+        return f"| {' | '.join([*cells, '', '', '', '', line.verdict])} |"
+    low, high = line.difference_interval
+    cells += [f"{line.difference:+.1%}", f"{low:+.1%} .. {high:+.1%}", f"{line.p:.3g}", f"{line.p_holm:.3g}"]
+    return f"| {' | '.join([*cells, line.verdict])} |"
+
+
+def _command(name: str, question: Question, budget: Budget) -> str:
+    words = ["python", "-m", "benchmarks.ablations", name, "--episodes", str(budget.episodes), "--tasks", *budget.tasks]
+    if question.trained:
+        words += ["--steps", str(budget.steps), "--seeds", *map(str, budget.seeds)]
+    else:
+        words += ["--checkpoints", *budget.checkpoints]
+    return shlex.join(words)
+
+
+def _folder(name: str, question: Question, variant: Variant, seed: int, budget: Budget) -> Path:
+    """Return where a variant's evaluation goes; questions that train nothing share what is the same."""
+    if question.trained:
+        return budget.out / name / f"{_slug(variant.name)}_{seed}"
+    how = [*(f"{key}={value}" for key, value in variant.sampler.items()), *variant.eval]
+    return budget.out / "untrained" / f"{_slug('_'.join(how))}_{seed}"
+
+
+def _play(variant: Variant, run: Path, out: Path, budget: Budget) -> None:
+    """Evaluate a variant's checkpoint; a finished evaluation is only read."""
+    overrides = [f"env.tasks=[{','.join(budget.tasks)}]", f"episodes={budget.episodes}", f"out={out}", "videos=0"]
+    config = compose("eval", [*overrides, f"n_envs={budget.n_envs}", *variant.eval], EvalConfig)
+    try:
+        policy = DitaPolicy.from_pretrained(run, config.device)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e}; `make demo` trains outputs/demo/train, or name others: --checkpoints") from None
+    if variant.sampler:
+        changed = replace(policy.diffusion.config, **variant.sampler)
+        policy.diffusion = Diffusion(changed, policy.diffusion.alphas_cumprod)
+    print(f"{variant.name}: {run}, {identity(policy)['sampler']}", flush=True)
+    evaluate(policy, config, exist="resume", checkpoint=run)
+
+
+def _train(name: str, question: Question, variant: Variant, budget: Budget, steps: dict[str, int]) -> list[str]:
+    """Train a variant with every seed and return the run folders."""
+    store = budget.out / f"{len(budget.tasks)}_tasks_{budget.demonstrations}.zarr"
+    listed = f"env.tasks=[{','.join(budget.tasks)}]"
+    _dita("collect", f"out={store}", listed, f"episodes={budget.demonstrations}", "--resume")
+    recipe = _recipe(variant, budget, store)
+    steps[variant.name], baseline = budget.steps, question.variants[0]
+    if question.equal_time and variant != baseline:
+        times = [_seconds_per_step(budget, name, v, _recipe(v, budget, store)) for v in (baseline, variant)]
+        steps[variant.name] = max(1, round(budget.steps * times[0] / times[1]))
+    runs = []
+    for seed in budget.seeds:
+        run = budget.out / name / f"{_slug(variant.name)}_{seed}_train"
+        _dita("train", *recipe, f"run={run}", f"seed={seed}", f"steps={steps[variant.name]}", "--resume")
+        runs.append(str(run))
+    return runs
+
+
+def _recipe(variant: Variant, budget: Budget, store: Path) -> list[str]:
+    return [f"experiment={budget.experiment}", f"data.stores=[{{path:{store},weight:1}}]", *variant.train]
+
+
+def _seconds_per_step(budget: Budget, name: str, variant: Variant, recipe: Sequence[str]) -> float:
+    """Return a variant's wall time per training step, from a short run of its own."""
+    run = budget.out / name / f"{_slug(variant.name)}_probe"
+    _dita("train", *recipe, f"run={run}", f"steps={PROBE_STEPS}", "log_every=5", "seed=0", "--resume")
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return float(np.median([row["data_s"] + row["update_s"] for row in rows[1:]]))  # the first steps warm up
+
+
+def _dita(*words: str) -> None:
+    print("$ dita", shlex.join(words), flush=True)
+    done = subprocess.run([sys.executable, "-m", "dita.cli", *words], cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"dita {words[0]} failed with exit code {done.returncode}; run this again: it continues")
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(QUESTIONS)} (untrained ones)")
+    parser.add_argument("--trained", action="store_true", help="all questions that train their variants")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="two or more")
+    parser.add_argument("--episodes", type=int, default=50, help="unseen starts per task (50)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training; 3 speak about methods (0)")
+    parser.add_argument("--steps", type=int, default=600, help="of training (600, the demo's)")
+    parser.add_argument("--demonstrations", type=int, default=60, help="per task (60)")
+    parser.add_argument("--experiment", default="demo", help="training recipe in configs/experiment (demo)")
+    parser.add_argument("--checkpoints", nargs="+", default=["outputs/demo/train"], help="of one per training seed")
+    parser.add_argument("--out", type=Path, default=OUT, help="what is trained and played")
+    parser.add_argument("--page", type=Path, default=PAGE, help="folder of the cards")
+    parser.add_argument("--n-envs", type=int, default=6, help="simulators; results do not depend on it")
+    args = parser.parse_args(argv)
+    if unknown := [q for q in args.questions if q not in QUESTIONS]:
+        parser.error(f"no question {', '.join(unknown)}; there are {', '.join(QUESTIONS)}")
+    if len(args.tasks) < 2:
+        parser.error("an answer from one task is an answer about that task; name two or more")
+    budget = Budget(
+        tuple(args.tasks), args.episodes, tuple(args.seeds), args.steps, args.demonstrations, args.experiment,
+        tuple(args.checkpoints), args.out, args.page, args.n_envs,
+    )  # fmt: skip
+    for name in args.questions or [q for q, about in QUESTIONS.items() if about.trained == args.trained]:
+        print(answer(name, budget).read_text(), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Ablations: what a card claims from made-up episodes, and what is trained and played for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ablations
+from benchmarks.ablations import QUESTIONS, TASKS, Budget, answer, compare_variants, main
+from dita.cli import compose
+from dita.config import EvalConfig, TrainConfig
+
+
+def budget(tmp_path: Path, **changes) -> Budget:
+    values = {
+        "tasks": TASKS, "episodes": 40, "seeds": (0,), "steps": 600, "demonstrations": 60, "experiment": "demo",
+        "checkpoints": ("outputs/demo/train",), "out": tmp_path / "out", "page": tmp_path / "page", "n_envs": 2,
+    }  # fmt: skip
+    return Budget(**(values | changes))
+
+
+def played(folder: Path, solved: int, starts: int = 80) -> str:
+    folder.mkdir(parents=True)
+    lines = [
+        {"task": TASKS[i % 2], "index": i, "seed": i, "start_hash": f"h{i}", "success": i < solved, "reason": "x",
+         "steps": 9, "replans": 1, "latency": [0.1], "warnings": {}} for i in range(starts)
+    ]  # fmt: skip
+    (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def test_verdicts_follow_from_pairs_and_are_corrected_for_asking_twice(tmp_path):
+    solved = {"base": 60, "better": 80, "as good": 58, "a little worse": 54, "worse": 30}
+    lines = compare_variants({name: [played(tmp_path / name, n)] for name, n in solved.items()})
+    assert [line.verdict for line in lines] == ["baseline", "works", "no detectable effect", "no detectable effect",
+                                                "hurts"]  # fmt: skip
+    little = lines[3]
+    assert little.p is not None and little.p_holm is not None and little.p < 0.05 < little.p_holm  # 6 to 0 of 4 asked
+    assert (little.successes, little.episodes, little.difference) == (54, 80, -6 / 80)
+    assert lines[0].difference is None and lines[0].interval == pytest.approx((0.645, 0.831), abs=1e-3)
+
+
+def test_three_seeds_speak_about_methods(tmp_path):
+    runs = {name: [played(tmp_path / f"{name}{seed}", n + seed) for seed in range(3)] for name, n in
+            {"base": 20, "better": 70}.items()}  # fmt: skip
+    one, three = compare_variants({name: r[:1] for name, r in runs.items()}), compare_variants(runs)
+    assert three[1].verdict == one[1].verdict == "works" and three[1].episodes == 240
+    assert three[1].p != one[1].p
+
+
+def test_starts_that_differ_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="did not play the same starts"):
+        compare_variants({"a": [played(tmp_path / "a", 4)], "b": [played(tmp_path / "b", 4, starts=78)]})
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_every_variant_is_made_of_keys_that_exist(name):
+    question = QUESTIONS[name]
+    assert len({v.name for v in question.variants}) == len(question.variants) > 1
+    for variant in question.variants:
+        compose("eval", variant.eval, EvalConfig)
+        config = compose("train", ["experiment=demo", *variant.train], TrainConfig)
+        assert set(variant.sampler) <= set(vars(config.diffusion))
+        assert question.trained or not variant.train
+    assert len({(v.eval, v.train, str(v.sampler)) for v in question.variants}) == len(question.variants)
+
+
+def test_a_card_is_written_from_what_was_trained_and_played(tmp_path, monkeypatch):
+    commands, plays = [], []
+
+    def dita(*words: str) -> None:
+        commands.append(words)
+        if words[0] == "train" and "log_every=5" in words:
+            run = Path(next(w for w in words if w.startswith("run="))[4:])
+            run.mkdir(parents=True, exist_ok=True)
+            update = 0.4 if "noise_samples_per_context=8" in words else 0.2
+            rows = [{"step": 5, "data_s": 9.0, "update_s": 9.0}, {"step": 10, "data_s": 0.0, "update_s": update}]
+            (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def play(variant, run, out, budget) -> None:
+        plays.append((variant.name, str(run)))
+        played(out, 60 if variant.name == "K = 4" else 30)
+
+    monkeypatch.setattr(ablations, "_dita", dita)
+    monkeypatch.setattr(ablations, "_play", play)
+    card = answer("noise_samples", budget(tmp_path)).read_text()
+    trained = {words[4]: words[-2] for words in commands if words[0] == "train" and "--resume" in words and
+               "log_every=5" not in words}  # fmt: skip
+    run = tmp_path / "out" / "noise_samples"
+    assert trained == {
+        f"run={run}/K___4_0_train": "steps=600", f"run={run}/K___1_0_train": "steps=600",
+        f"run={run}/K___8_0_train": "steps=300",  # half as many of twice the time
+    }  # fmt: skip
+    assert plays == [(f"K = {k}", f"{run}/K___{k}_0_train") for k in (4, 1, 8)]
+    assert "**Verdict: K = 1: hurts; K = 8: hurts**" in card and "K = 4: 600, K = 1: 600, K = 8: 300" in card
+    assert "| K = 8 | 30/80 | 27.7% .. 48.5% | -37.5% |" in card and "--steps 600 --seeds 0" in card
+    values = json.loads((tmp_path / "page" / "ablation_noise_samples.json").read_text())
+    assert values["lines"][1]["verdict"] == "hurts" and values["fingerprint"]["versions"]["torch"]
+
+
+def test_questions_without_training_share_what_is_the_same(tmp_path, monkeypatch):
+    plays = []
+    monkeypatch.setattr(ablations, "_play", lambda variant, run, out, budget: plays.append(out))
+    monkeypatch.setattr(ablations, "compare_variants", lambda played: [])
+    monkeypatch.setattr(ablations, "_dita", lambda *words: pytest.fail("nothing is trained"))
+    for name in ("n_action_steps", "ensembling"):
+        answer(name, budget(tmp_path))
+    assert plays.count(tmp_path / "out" / "untrained" / "n_action_steps_1_0") == 2 and len(set(plays)) == 6
+
+
+def test_what_does_not_exist_is_refused(capsys):
+    for words, said in (
+        (["colour"], "no question colour; there are spacing"),
+        (["--tasks", "reach-v3"], "two or more"),
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert said in capsys.readouterr().err
