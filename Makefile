@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store ablations chaos mutation soak soak-core
+.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store ablations chaos mutation soak soak-core peers
 MINUTES ?= 30
 REPEAT ?= 20
 
@@ -39,6 +39,9 @@ evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other
 
 ablations: $(VENV)/.installed  ## half an hour: what decides our defaults, on the demo's checkpoint; ARGS="--trained"; resumes
 	@$(BIN)/python -m benchmarks.ablations $(ARGS)
+
+peers: $(VENV)/.installed  ## hours, or days with the published epochs: other policies on the same demonstrations and starts; ARGS="--budget small"; resumes
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
 chaos: $(VENV)/.installed  ## under an hour, on an idle machine: every fault of the live stack, REPEAT times; resumes
 	@$(BIN)/python -m benchmarks.chaos --repeat $(REPEAT) $(if $(ROWS),--rows $(ROWS))
