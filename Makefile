@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store chaos mutation soak soak-core
+.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store chaos mutation soak soak-core transfer-lift
 MINUTES ?= 30
 REPEAT ?= 20
 
@@ -36,6 +36,10 @@ evidence-preflight: $(VENV)/.installed  ## minutes: which mistakes preflight nam
 
 evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other fault of a store; resumes
 	@$(BIN)/python benchmarks/store_faults.py
+
+transfer-lift: $(VENV)/.installed  ## a day: pretraining against from scratch on a held-out arm; resumes; ARGS="--budget-minutes 60"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim,finetune]'
+	@$(BIN)/python -m benchmarks.transfer_lift $(ARGS)
 
 chaos: $(VENV)/.installed  ## under an hour, on an idle machine: every fault of the live stack, REPEAT times; resumes
 	@$(BIN)/python -m benchmarks.chaos --repeat $(REPEAT) $(if $(ROWS),--rows $(ROWS))

@@ -44,7 +44,10 @@ def save_policy(
     Raises:
         ValueError: a weight is not finite.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or policy.state_dict()).items()}
+    from dita.lora import merged_weights  # which imports the policy too
+
+    weights = merged_weights(policy, weights or policy.state_dict())
+    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
     if precision == "bf16":
         lower = {f"model.{name}" for name, _ in policy.model.named_parameters()}
         tensors = {name: t.to(torch.bfloat16) if name in lower else t for name, t in tensors.items()}
@@ -72,6 +75,7 @@ def load_policy(folder: str | Path, device: str = "cpu", precision: Precision = 
     # a mapping of its own, dropped again: pages that were looked at would stay in memory beside what is built from them
     _refuse_not_finite(load_tensors(path), f"{path} holds weights that are not finite")
     weights = load_tensors(path)
+    config["policy"].setdefault("embodiment_dropout", 0.0)  # checkpoints before there was one
     sizes = from_dict(PolicyConfig, config["policy"], f"{at}/config.json: policy")
     objective = from_dict(DiffusionConfig, config["diffusion"], f"{at}/config.json: diffusion")
     with blank_weights(sizes):

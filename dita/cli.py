@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from dita.config import CollectConfig, DemoConfig, EvalConfig, LiveConfig, TrainConfig, from_dict
+from dita.config import CollectConfig, DemoConfig, EvalConfig, FinetuneConfig, LiveConfig, TrainConfig, from_dict
 from dita.embodiment import config_folder
 
 T = TypeVar("T")
@@ -102,6 +102,13 @@ def build_parser() -> argparse.ArgumentParser:
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo --resume
         dita train diffusion.objective=behaviour_cloning data.stores=...""", True)  # fmt: skip
     _add_exist(train)
+    finetune = verb("finetune", _finetune, "Finetune a checkpoint on ten demonstrations of a new robot.", """
+        dita finetune outputs/train/demo data=data/my_arm.zarr shots=10 method=full
+        dita finetune outputs/train/demo data=data/my_arm.zarr method=lora run=outputs/finetune/my_arm
+        dita finetune outputs/train/demo data=data/my_arm.zarr shots=0 run=outputs/finetune/zero_shot
+        dita finetune outputs/train/arms data=data/iiwa.zarr env=robosuite replay=false""", True)  # fmt: skip
+    finetune.add_argument("checkpoint", help="run, checkpoint or policy folder")
+    _add_exist(finetune)
     evaluate = verb("eval", _eval, "Evaluate a checkpoint in simulation, with intervals and videos.", """
         dita eval outputs/train/demo out=outputs/eval/demo
         dita eval outputs/train/demo episodes=100 env.tasks=[drawer-open-v3] n_action_steps=4""", True)  # fmt: skip
@@ -185,6 +192,8 @@ def compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if name == "finetune":
+        overrides = [_finetune_override(word) for word in overrides]
     try:
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
             config = hydra_compose(name, overrides=list(overrides))
@@ -195,6 +204,16 @@ def compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
         raise ValueError(f"{' '.join(str(e).split())} (keys: {config_folder()}/{name}.yaml)") from None
     assert isinstance(values, dict)
     return from_dict(cls, {str(k): v for k, v in values.items()}, name)
+
+
+def _finetune_override(word: str) -> str:
+    """Read data=STORE, which Hydra would take for a file of configs/data; refuse what comes from the checkpoint."""
+    key, _, value = word.partition("=")
+    if key.lstrip("+~").split(".")[0] in ("policy", "diffusion", "preprocess", "experiment"):
+        raise ValueError(f"finetune: {key} cannot be set: policy, diffusion and preprocess are the checkpoint's")
+    if key == "method" and value not in ("full", "lora", "head"):  # before it is looked up in learning_rates
+        raise ValueError(f"finetune: method is full, lora or head, got {value!r}")
+    return f"data.stores=[{{path:{json.dumps(value)},weight:1,filter:null}}]" if key == "data" else word
 
 
 def _unknown_key(name: str, key: str) -> str:
@@ -309,6 +328,13 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
 
     run = train(config, args.exist)
     print(f"trained: {run}")
+
+
+def _finetune(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = replace(compose("finetune", overrides, FinetuneConfig), checkpoint=args.checkpoint)
+    from dita.finetune import finetune
+
+    print(f"finetuned: {finetune(config, args.exist)}")
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> None:

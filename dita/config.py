@@ -86,6 +86,7 @@ class PolicyConfig:
     cameras: int  # camera slots
     state_tokens: bool
     embodiment_token: bool
+    embodiment_dropout: float  # share of training rows that are not told the embodiment; 0: no such token
     action_embedding: Literal["zero_pad", "linear"]
     action_attention: Literal["causal", "bidirectional"]
     vision: VisionConfig
@@ -98,6 +99,10 @@ class PolicyConfig:
         _require(
             1 <= self.n_action_steps <= self.chunk_size,
             f"policy.n_action_steps {self.n_action_steps} must be in 1..chunk_size ({self.chunk_size})",
+        )
+        _require(
+            0 <= self.embodiment_dropout < 1 and (self.embodiment_token or not self.embodiment_dropout),
+            f"policy.embodiment_dropout {self.embodiment_dropout} must be in 0..1, and 0 without embodiment_token",
         )
         slots = self.past_action_slots + self.chunk_size
         _require(
@@ -233,6 +238,46 @@ class EnvConfig:
     tasks: tuple[str, ...]
     max_steps: int
     fast_render: bool  # no shadows, multisampling or reflections: 4-9 times faster on a CPU
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): W + alpha / rank * B A."""
+
+    rank: int
+    alpha: float
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
+        _require(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """One per method, fixed beforehand."""
+
+    full: float
+    lora: float
+    head: float
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """`dita finetune`: a config of the same loop; policy, diffusion and preprocess are replaced by the checkpoint's."""
+
+    checkpoint: str | None  # run, checkpoint or policy folder
+    shots: int  # demonstrations of the first store; 0: none, extend the contract only (zero-shot)
+    shots_seed: int  # which ones: fewer are a subset of more
+    method: Literal["full", "lora", "head"]
+    statistics: Literal["pretrained", "new", "pooled"]  # of the fields that the checkpoint's robots have too
+    lora: LoraConfig
+    learning_rates: LearningRates
+    replay: bool  # play the demonstrations' actions open loop in `env` before training
+    env: EnvConfig
+
+    def __post_init__(self) -> None:
+        _require(self.shots >= 0, f"shots must not be negative, got {self.shots}")
+        _require(self.data.shots is None, "data.shots is for dita train; say shots=")
 
 
 @dataclass(frozen=True)

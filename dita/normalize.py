@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -67,6 +67,43 @@ def fit(
     fields = {f"state/{f.name}": state.stats(cut) for f, cut, _ in slices(spec.state)}
     fields |= {f"action/{f.name}": action.stats(cut) for f, cut, _ in slices(spec.action)}
     return NormStats(spec.name, fields)
+
+
+def pool(parts: Sequence[FieldStats]) -> FieldStats:
+    """Join statistics of the same field on several robots as if their rows were one set (Chan et al. 1979).
+
+    Count, mean, spread and extremes are exact. Quantiles of the whole lie between those of the parts: the outermost
+    are taken, so that no part's 98 % are cut.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    counts = np.array([p.count for p in parts], np.float64)
+    share = (counts / counts.sum())[:, None]
+    mean, std = (np.array([getattr(p, key) for p in parts]) for key in ("mean", "std"))  # [parts d]
+    middle = (share * mean).sum(0)
+    spread = np.sqrt((share * (std**2 + (mean - middle) ** 2)).sum(0))
+    low, low_q = (np.array([getattr(p, key) for p in parts]).min(0) for key in ("min", "q01"))
+    high, high_q = (np.array([getattr(p, key) for p in parts]).max(0) for key in ("max", "q99"))
+    values = (middle, spread, low, high, low_q, high_q)
+    return FieldStats(int(counts.sum()), *(tuple(float(v) for v in value) for value in values))
+
+
+def beyond(
+    stats: FieldStats, seen: FieldStats, method: Method
+) -> list[tuple[int, tuple[float, float], tuple[float, float]]]:
+    """Return (dim, usual range, range seen) where 98 % of what was seen is not what the statistics are about.
+
+    That is: beyond three times the half range around its centre, or moving where the statistics know no motion at all.
+    """
+    center, spread = _affine(stats, method)
+    wide = 3 * spread * (3 if method == "mean_std" else 1)
+    found = []
+    for i, (low, high) in enumerate(zip(seen.q01, seen.q99, strict=True)):
+        still = spread[i] < NO_SPREAD
+        outside = high - low > NO_SPREAD if still else low < center[i] - wide[i] or high > center[i] + wide[i]
+        if outside:
+            found.append((i, (float(center[i] - spread[i]), float(center[i] + spread[i])), (low, high)))
+    return found
 
 
 def stats_to_dict(stats: NormStats) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -47,16 +47,18 @@ from dita.relative import relative_chunks
 from dita.types import EmbodimentSpec, NormStats
 
 Exist = Literal["error", "resume", "overwrite"]
+Build = Callable[[TrainConfig, Sequence[Store], Sequence[Sequence[int]]], DitaPolicy]
 INIT, NOISE, AUGMENT, DATA = range(4)  # purposes of random numbers
 MAY_CHANGE_ON_RESUME = ("run", "threads", "device", "log_every", "save_every", "keep_last")
 
 
-def train(config: TrainConfig, exist: Exist = "error") -> Path:
+def train(config: TrainConfig, exist: Exist = "error", build: Build | None = None) -> Path:
     """Train a policy and return its run folder.
 
     Args:
         config: everything; saved as RUN/config.json.
         exist: what to do if the run folder has checkpoints: refuse, continue bit-equal, or start over.
+        build: makes the policy that training starts from; None: `build_policy`, from scratch.
 
     Raises:
         FileExistsError: the run folder is taken and `exist` is "error", or another process trains in it.
@@ -70,7 +72,7 @@ def train(config: TrainConfig, exist: Exist = "error") -> Path:
     stores = [Store(s.path) for s in config.data.stores]  # refused before the run folder is claimed
     episodes = [_episodes(store, s.filter, config) for store, s in zip(stores, config.data.stores, strict=True)]
     with run_folder(run, config, exist):
-        policy = build_policy(config, stores, episodes)
+        policy = (build or build_policy)(config, stores, episodes)
         trainer = Trainer(policy, config)
         start = trainer.load(last_checkpoint(run) / "train") if exist == "resume" and _has_checkpoint(run) else 0
         trainer.run(run, start, _batches(config, policy, stores, episodes, start))

@@ -64,7 +64,8 @@ class DitaModel(nn.Module):
         self.language = text_encoder(config.language, d)
         self.vision = VisualTokenizer(config.vision, d)
         self.state = nn.Linear(config.state_dim, d) if config.state_tokens else None
-        self.embodiment = nn.Embedding(embodiments, d) if config.embodiment_token else None
+        rows = embodiments + (config.embodiment_dropout > 0)  # the last one: an embodiment that is not told
+        self.embodiment = nn.Embedding(rows, d) if config.embodiment_token else None
         self.action = nn.Linear(config.action_dim, d) if config.action_embedding == "linear" else None
         self.trunk = Trunk(d, config.layers, config.heads, config.ffn_dim)
         self.head = nn.Linear(d, config.action_dim, bias=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -94,7 +94,7 @@ class DitaPolicy(nn.Module):
         """
         if self.diffusion.config.objective == "behaviour_cloning":
             samples = 1  # there is no noise to draw
-        context = self.model.context(batch.observation)
+        context = self.model.context(self._forget_embodiment(batch.observation, generator))
         valid, slot_valid = batch.action_valid, batch.action_valid.any(-1)  # [b n A], [b n]
         if most := self.config.max_committed_slots:
             count = torch.randint(most + 1, slot_valid.shape[:1], generator=generator).to(slot_valid.device)  # [b]
@@ -109,6 +109,14 @@ class DitaPolicy(nn.Module):
             samples,
             generator,
         )
+
+    def _forget_embodiment(self, observation: Observation, generator: torch.Generator) -> Observation:
+        """Show some rows of a training batch the unknown-embodiment token, which a new robot starts from."""
+        if not (self.training and self.config.embodiment_dropout):
+            return observation
+        known = observation.embodiment  # [b]
+        unknown = torch.rand(known.shape, generator=generator) < self.config.embodiment_dropout
+        return replace(observation, embodiment=known.masked_fill(unknown.to(known.device), len(self.specs)))
 
     @torch.no_grad()
     def sample(
