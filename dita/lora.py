@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -41,16 +40,14 @@ def add_adapters(policy: DitaPolicy, config: LoraConfig, seed: int) -> None:
 
 
 def merged_weights(policy: DitaPolicy, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return weights without adapters, which peft folds in at the scale of training; others as they are."""
+    """Return weights with the adapters folded in at the scale of training; those of a policy without, as they are."""
     if not any(".base_layer." in name for name in weights):
         return weights
     from peft.tuners.lora import LoraLayer
 
-    twin = copy.deepcopy(policy)
-    twin.load_state_dict(weights)
     merged = {name.replace(".base_layer.", "."): t for name, t in weights.items() if ".lora_" not in name}
-    for name, module in twin.named_modules():
+    for name, module in policy.named_modules():
         if isinstance(module, LoraLayer):
-            delta = module.get_delta_weight("default")  # pyright: ignore
-            merged[f"{name}.weight"] = merged[f"{name}.weight"] + delta.detach()
+            a, b = (weights[f"{name}.lora_{part}.default.weight"] for part in "AB")
+            merged[f"{name}.weight"] = merged[f"{name}.weight"] + module.scaling["default"] * (b @ a)
     return merged

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import contract_of, diffusion_config, policy_config
+from conftest import diffusion_config, policy_config
 from convert_inputs import write_zarr2
 from test_docs import ROOT, blocks, commands
 
 from dita.checkpoint import load_policy, save_policy
 from dita.cli import main
+from dita.config import PreprocessConfig
 from dita.datasets.store import Store
 from dita.embodiment import load_embodiment
+from dita.normalize import fit
 from dita.policy.policy import DitaPolicy
+from dita.preprocess import make_contract
 
 PAGE = ROOT / "docs" / "new_robot.md"
 STEPS = ["steps=2", "batch_size=4", "noise_samples_per_context=1", "save_every=2", "threads=1"]
@@ -36,7 +39,12 @@ def folder(tmp_path, monkeypatch) -> Path:
     Path("my_arm.yaml").write_text(yaml)
     config = policy_config(n_action_steps=6)
     spec = load_embodiment("metaworld_sawyer")
-    policy = DitaPolicy(config, diffusion_config(num_inference_steps=1), contract_of([spec], config))
+    rng = np.random.default_rng(0)
+    low, high = (np.concatenate([getattr(f, k) for f in (*spec.state, *spec.action)]) for k in ("low", "high"))
+    rows = rng.uniform(low, high, (500, len(low))).astype(np.float32)
+    stats = fit(spec, [(rows[:, : spec.state_dim], rows[:, spec.state_dim :])])
+    contract = make_contract(PreprocessConfig("min_max", "squash", "stored"), config, [spec], [stats])
+    policy = DitaPolicy(config, diffusion_config(num_inference_steps=1), contract)
     save_policy(policy, Path("outputs/demo/train/policy"))
     return tmp_path
 
