@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store chaos mutation soak soak-core
+.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store evidence-train chaos mutation soak soak-core
 MINUTES ?= 30
 REPEAT ?= 20
 
@@ -36,6 +36,9 @@ evidence-preflight: $(VENV)/.installed  ## minutes: which mistakes preflight nam
 
 evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other fault of a store; resumes
 	@$(BIN)/python benchmarks/store_faults.py
+
+evidence-train: $(VENV)/.installed  ## half an hour: kills, stops, damage and full disks of training; resumes
+	@$(BIN)/python benchmarks/train_faults.py
 
 chaos: $(VENV)/.installed  ## under an hour, on an idle machine: every fault of the live stack, REPEAT times; resumes
 	@$(BIN)/python -m benchmarks.chaos --repeat $(REPEAT) $(if $(ROWS),--rows $(ROWS))

@@ -636,8 +636,3 @@ def lr_scale(step: int, steps: int, config: OptimConfig) -> float:
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def parameter_count(policy: DitaPolicy) -> int:
-    """Return the number of trainable parameters."""
-    return sum(p.numel() for p in policy.parameters() if p.requires_grad)

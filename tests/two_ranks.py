@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
         os._exit(3)  # the other one hangs, and with it any farewell
 
 
-def with_patch(name: str, before: Callable[[Trainer, int], None], do: Callable[[], None]) -> None:
+def with_patch(name: str, before: Callable[[Trainer, int], object], do: Callable[[], None]) -> None:
     """Call `before` after a method of the trainer, for a while."""
     method = getattr(Trainer, name)
 
