@@ -1,4 +1,4 @@
-"""Row 11: training with two processes over gloo, against twice one process; and whether the losses are the same."""
+"""Row 4 in the trainer, and row 11: two processes over gloo against twice one, and whether the losses are the same."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -16,7 +17,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import OTHERS, ROOT, Case, busy_cores
+from benchmarks.harness import OTHERS, ROOT, Case, busy_cores, interleave
 from benchmarks.policy_rows import made_up_batch, make_policy
 from dita.batch import Batch, Observation
 from dita.cli import compose
@@ -72,6 +73,18 @@ def made_up_share(policy: DitaPolicy, config: TrainConfig, ranks: Ranks) -> Batc
     observation = Observation(*(repeat(getattr(one.observation, f.name)) for f in fields(Observation)))
     valid = repeat(one.action_valid)
     return Batch(observation, actions[ranks.rank * rows : (ranks.rank + 1) * rows] * valid, valid)
+
+
+def trainer_multinoise(tier: str) -> list[Case]:
+    """Row 4 through whole steps of the trainer (dita_tiny): one with K noise samples against K with one."""
+    cases = []
+    for k, goal in ((4, 3.3), (8, 6.0)):
+        overrides = ["peak_tflops=1", *([] if tier == "full" else ["experiment=smoke"])]
+        configs = [compose("train", [*overrides, f"noise_samples_per_context={n}"], TrainConfig) for n in (k, 1)]
+        packed, single = (Side(replace(c, batch_size=16 if tier == "full" else 2, steps=10**6), ALONE) for c in configs)
+        found = interleave(partial(packed.run, 1), partial(single.run, k), 5 if tier == "full" else 1)
+        cases.append(found.case(f"K={k} against {k} steps of the trainer", goal))
+    return cases
 
 
 class Side:

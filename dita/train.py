@@ -318,13 +318,13 @@ class Trainer:
     def run(self, run: Path, start: int, data: Data) -> None:
         """Run the loop from step `start` to the end, logging, saving and validating; signals save first."""
         config, ranks = self.config, self.ranks
-        share, _ = rows_of(config, ranks)
+        _, micro = rows_of(config, ranks)
         batches = iter(loader(
             data.datasets, data.sampler, batch_size=config.batch_size, preprocess=self.policy.preprocessor.batch,
             start_step=start, steps=config.steps, workers=config.data.workers, rank=ranks.rank,
             world_size=ranks.world, timeout=config.worker_timeout,
         ))  # fmt: skip
-        cost = training_cost(config, self.policy.contract, share) if ranks.first else None
+        cost = training_cost(config, self.policy.contract, micro) if ranks.first else None
         peak = device_peak(self.device, config) * ranks.world if ranks.first else 0.0
         spikes = SpikeWatch()
         with StopFlag() as stop, Log(run, start, config) if ranks.first else _Silent() as log:
@@ -351,7 +351,7 @@ class Trainer:
                 last = step + 1 == config.steps or asked
                 checks = config.validation.every and (step + 1) % config.validation.every == 0
                 if (step + 1) % config.save_every == 0 or last or checks:
-                    self.save(run, step + 1, wait=bool(last or checks or not config.async_save))
+                    self.save(run, step + 1, wait=bool(last or checks or not config.async_save), last=bool(last))
                 if checks and not asked:
                     self._validate(run, step + 1, data, log)
                 if asked:
@@ -395,15 +395,16 @@ class Trainer:
         self.ranks.on_first(check)
         torch.set_num_threads(threads)
 
-    def save(self, run: Path, step: int, wait: bool = True) -> None:
+    def save(self, run: Path, step: int, wait: bool = True, last: bool = False) -> None:
         """Write checkpoints/<step>: the policy (EMA weights) and what exact resumption needs.
 
         wait: come back when it is there; else a thread writes, and the next save asks how that went. A storage that
-        fails or is too slow costs this checkpoint and a warning, three times in a row the run.
+        fails or is too slow costs this checkpoint and a warning, three times in a row the run. last: none follows, so
+        one failure is enough.
 
         Raises:
             NoSpace: the disk is full.
-            OSError: three saves failed, or this was the last one.
+            OSError: three saves failed, or the last one.
             ValueError: a weight is not finite.
         """
         if self.saving is not None:
@@ -414,9 +415,7 @@ class Trainer:
             self._settle(run, last=False)
         finite = all(bool(torch.isfinite(_local(p)).all()) for p in (*self.parameters.values(), *self.shadow.values()))
         if self.ranks.any(not finite):
-            raise ValueError(
-                f"step {step}: weights are not finite; this checkpoint is not written, older ones are good"
-            )
+            raise ValueError(f"step {step}: weights are not finite; no checkpoint is written, older ones are good")
         folder = run / "checkpoints" / f"{step:07d}"
         exported = {n: whole(t) for n, t in (self.policy.state_dict() | self.shadow).items()}
         if not self.ranks.first:
@@ -432,7 +431,7 @@ class Trainer:
             lambda: save_policy(self.policy, folder / "policy", exported),
         )  # fmt: skip
         if wait:
-            self._settle(run, last=step == self.config.steps)
+            self._settle(run, last)
 
     def _settle(self, run: Path, last: bool) -> None:
         """Wait for the checkpoint that is being written, then delete the ones that are not to be kept."""
