@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store chaos mutation soak soak-core transfer-lift
+.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store evidence-train chaos mutation soak soak-core transfer-lift
 MINUTES ?= 30
 REPEAT ?= 20
 
@@ -40,6 +40,9 @@ evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other
 transfer-lift: $(VENV)/.installed  ## a day: pretraining against from scratch on a held-out arm; resumes; ARGS="--budget-minutes 60"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim,finetune]'
 	@$(BIN)/python -m benchmarks.transfer_lift $(ARGS)
+
+evidence-train: $(VENV)/.installed  ## half an hour: kills, stops, damage and full disks of training; resumes
+	@$(BIN)/python benchmarks/train_faults.py
 
 chaos: $(VENV)/.installed  ## under an hour, on an idle machine: every fault of the live stack, REPEAT times; resumes
 	@$(BIN)/python -m benchmarks.chaos --repeat $(REPEAT) $(if $(ROWS),--rows $(ROWS))

@@ -22,7 +22,11 @@ Exist = Literal["error", "resume", "overwrite"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, 1 for a refused input, 130 for an interrupt."""
+    """Run one command; return its exit code.
+
+    0; 1 for a refused input; 130 for an interrupt; 75 for a full disk; 85 for a job that was told to make room and has
+    saved: give the same command again.
+    """
     # OpenMP's default is to spin for milliseconds: next to any other process a step then takes six times as long
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     parser = build_parser()
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
         kind = "" if isinstance(e, (ValueError, KeyError, OSError)) else f"{type(e).__name__}: "
         print(f"dita {args.verb}: {kind}{' '.join(text.split())}", file=sys.stderr)
-        return 1
+        return getattr(e, "exit_code", 1)
     return 0
 
 
@@ -100,8 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "Train a policy on one or more stores.", """
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo --resume
-        dita train diffusion.objective=behaviour_cloning data.stores=...""", True)  # fmt: skip
+        dita train diffusion.objective=behaviour_cloning data.stores=...
+        dita train experiment=dita_base_4x8 --dry-run --ranks 32
+        torchrun --nproc-per-node 8 -m dita.cli train device=cuda parallel=fsdp data.stores=...""", True)  # fmt: skip
     _add_exist(train)
+    train.add_argument("--dry-run", action="store_true", help="print parameters, memory, speed; draw the first batch")
+    train.add_argument("--ranks", type=int, metavar="N", help="of --dry-run: processes of the job (this one's)")
     finetune = verb("finetune", _finetune, "Finetune a checkpoint on ten demonstrations of a new robot.", """
         dita finetune outputs/train/demo data=data/my_arm.zarr shots=10 method=full
         dita finetune outputs/train/demo data=data/my_arm.zarr method=lora run=outputs/finetune/my_arm
@@ -324,6 +332,12 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     config = compose("train", overrides, TrainConfig)
+    if args.dry_run:
+        from dita.distributed import ranks_of_environment
+        from dita.dry_run import dry_run
+
+        dry_run(config, args.ranks or ranks_of_environment()[1])
+        return
     from dita.train import train
 
     run = train(config, args.exist)

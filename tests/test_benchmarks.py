@@ -36,6 +36,8 @@ def test_every_row_runs_at_its_quick_size(tmp_path) -> None:
     assert all(case["detail"]["frame_cache_bit_identical"] for case in ticks)
     train = json.loads((tmp_path / "train_multinoise.quick.json").read_text())["cases"]
     assert all(case["detail"]["gradient_error"] <= 1e-6 for case in train[:2])
+    scaling = json.loads((tmp_path / "ddp_scaling.quick.json").read_text())["cases"][0]["detail"]
+    assert scaling["two_hash"] == scaling["one_hash"] and len(scaling["one_hash"]) == 64
 
 
 def test_no_wall_time_ratio_while_others_use_the_machine(monkeypatch) -> None:
@@ -65,8 +67,8 @@ def test_the_table_says_met_missed_and_not_measured(tmp_path) -> None:
     assert table.count("- denoise_exact, d and e: no goal") == 1 and "- **denoise_exact**, b: where" in table
     # a quick run never counts
     assert (
-        "Not yet measured: tick_stream, tick_gpu, train_multinoise, loader, memory, startup, node_latency, stitching."
-        in table
+        "Not yet measured: tick_stream, tick_gpu, train_multinoise, loader, memory, startup, node_latency, stitching, "
+        "ddp_scaling." in table
     )
 
 

@@ -83,7 +83,8 @@ class DitaModel(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them: less memory, a third more time."""
-        self.trunk.checkpointing = True
+        for block in self.trunk.blocks:
+            block.checkpointing = True
         if isinstance(self.vision.patches, DinoPatches):
             self.vision.patches.vit.activation_checkpointing_enable({"use_reentrant": False})
 
