@@ -7,6 +7,7 @@ early. Steps and learning rate are in the config before training begins.
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,7 @@ from dita.lora import add_adapters, train_projections
 from dita.policy.policy import DitaPolicy
 from dita.preprocess import Contract, Origin, extend_contract
 from dita.train import Exist, build_contract, train
-from dita.types import EmbodimentSpec, NormStats
+from dita.types import EmbodimentSpec
 
 START = re.compile(r"(?:^|/)([^/]+)/seed=(\d+)(?:/|$)")  # in the source of a simulated demonstration
 SAME_START = 12  # of 255: what differs less between the first pictures of two demonstrations is light, not an object
@@ -75,7 +76,8 @@ def finetune(config: FinetuneConfig, exist: Exist = "error") -> Path:
     store = Store(target.path)
     chosen = shots(store, config.shots, config.shots_seed, kept(store, target.filter)) if config.shots else ()
     config = _with_checkpoints_parts(config, base)
-    seen = demonstration_statistics(config, base, store, chosen) if chosen else None
+    # its sizes are the checkpoint's and may be too small for this robot, but statistics are not padded
+    seen = build_contract(config, [store], [chosen]).stats[store.spec.name] if chosen else None
     contract, origins = extend_contract(base.contract, store.spec, seen, config.statistics)
     for other in config.data.stores[1:]:
         contract.check_embodiment(Store(other.path).spec)
@@ -89,6 +91,7 @@ def finetune(config: FinetuneConfig, exist: Exist = "error") -> Path:
     if exist == "resume" and (run / "finetune.json").exists():
         _refuse_other_inputs(run, about)
     policy = grow(base, config.policy, contract, origins, store.spec.name)
+    shutil.rmtree(run / "policy", ignore_errors=True)  # of a zero-shot run: it would be found before a checkpoint
     if not chosen:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / "finetune.json", about)
@@ -118,14 +121,6 @@ def finetune(config: FinetuneConfig, exist: Exist = "error") -> Path:
         return policy.train().to(config.device)
 
     return train(config, exist, build)
-
-
-def demonstration_statistics(
-    config: FinetuneConfig, base: DitaPolicy, store: Store, chosen: Sequence[int]
-) -> NormStats:
-    """Compute the statistics of some episodes as the checkpoint's preprocessing sees them."""
-    # the sizes are the checkpoint's: nothing is padded yet, so they need not fit
-    return build_contract(config, [store], [chosen]).stats[store.spec.name]
 
 
 def grow(

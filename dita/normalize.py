@@ -88,22 +88,30 @@ def pool(parts: Sequence[FieldStats]) -> FieldStats:
     return FieldStats(int(counts.sum()), *(tuple(float(v) for v in value) for value in values))
 
 
-def beyond(
-    stats: FieldStats, seen: FieldStats, method: Method
-) -> list[tuple[int, tuple[float, float], tuple[float, float]]]:
-    """Return (dim, usual range, range seen) where 98 % of what was seen is not what the statistics are about.
+def beyond(known: FieldStats, seen: FieldStats, method: Method) -> list[int]:
+    """Return the dims of which 98 % of what was seen is not within three times the usual range around its middle.
 
-    That is: beyond three times the half range around its centre, or moving where the statistics know no motion at all.
+    A dim that never moved has no range to compare with; see `frozen`.
     """
-    center, spread = _affine(stats, method)
-    wide = 3 * spread * (3 if method == "mean_std" else 1)
     found = []
     for i, (low, high) in enumerate(zip(seen.q01, seen.q99, strict=True)):
-        still = spread[i] < NO_SPREAD
-        outside = high - low > NO_SPREAD if still else low < center[i] - wide[i] or high > center[i] + wide[i]
-        if outside:
-            found.append((i, (float(center[i] - spread[i]), float(center[i] + spread[i])), (low, high)))
+        a, b = usual_range(known, method, i)
+        if b - a >= NO_SPREAD and not (2 * a - b <= low and high <= 2 * b - a):
+            found.append(i)
     return found
+
+
+def frozen(kept: FieldStats, seen: FieldStats, method: Method) -> list[int]:
+    """Return the dims that moved, but that these statistics would map to 0 as constant."""
+    _, spread = _affine(kept, method)
+    return [i for i, s in enumerate(spread) if s < NO_SPREAD <= seen.max[i] - seen.min[i]]
+
+
+def usual_range(stats: FieldStats, method: Method, i: int) -> tuple[float, float]:
+    """Return what a dim is normalised by: its extremes, its quantiles, or three standard deviations to either side."""
+    center, spread = _affine(stats, method)
+    width = float(spread[i]) * (3 if method == "mean_std" else 1)
+    return float(center[i]) - width, float(center[i]) + width
 
 
 def stats_to_dict(stats: NormStats) -> dict[str, Any]:

@@ -20,7 +20,16 @@ from torch import Tensor
 from dita.batch import Batch, Observation
 from dita.config import LanguageConfig, PolicyConfig, PreprocessConfig
 from dita.embodiment import embodiment_from_dict, embodiment_to_dict, pad, pad_mask, sha256_json, unpad
-from dita.normalize import Method, Normalizer, beyond, pool, stats_from_dict, stats_to_dict
+from dita.normalize import (
+    Method,
+    Normalizer,
+    beyond,
+    frozen,
+    pool,
+    stats_from_dict,
+    stats_to_dict,
+    usual_range,
+)
 from dita.policy.language import tokenizer
 from dita.relative import anchors, to_absolute, to_relative
 from dita.types import (
@@ -172,7 +181,7 @@ def extend_contract(
     if spec.name in known:
         contract.check_embodiment(spec)
         known = {spec.name: known[spec.name]}
-    fields, origins = {}, []
+    fields, origins, method = {}, [], contract.preprocess["normalization"]
     for group, mine in (("state", spec.state), ("action", spec.action)):
         others = [(name, f) for name, s in known.items() for f in getattr(s, group)]
         for field in mine:
@@ -180,8 +189,8 @@ def extend_contract(
             key = f"{group}/{field.name}"
             like = [(name, contract.stats[name].fields[f"{group}/{f.name}"]) for name, f in others if _same(f, field)]
             fields[key], told = _choose(spec, key, [s for _, s in like], seen, statistics)
-            if told != "new":
-                _refuse_other_data(spec, field, key, fields[key], seen, contract.preprocess["normalization"])
+            if told != "new" and seen is not None and field.kind != "ee_rotation_6d":  # which is not normalised
+                _refuse_other_data(spec, field, key, fields[key], pool([s for _, s in like]), seen, method)
             robots = tuple(dict.fromkeys(name for name, _ in like))
             weights, why = _compared(field, [f for _, f in others])
             origins.append(Origin(f"{group}.{field.name}", weights, robots, told, "" if like else why))
@@ -233,11 +242,17 @@ def _choose(
 
 
 def _refuse_other_data(
-    spec: EmbodimentSpec, field: FieldSpec, key: str, stats: FieldStats, seen: NormStats | None, method: Method
+    spec: EmbodimentSpec,
+    field: FieldSpec,
+    key: str,
+    kept: FieldStats,
+    known: FieldStats,
+    seen: NormStats,
+    method: Method,
 ) -> None:
-    if seen is None or field.kind == "ee_rotation_6d":  # which is not normalised
-        return
-    for i, (low, high), (a, b) in beyond(stats, seen.fields[key], method):
+    """Refuse where the demonstrations are far from the known statistics, or would not move with the kept ones."""
+    for i in (*beyond(known, seen.fields[key], method), *frozen(kept, seen.fields[key], method)):
+        (low, high), (a, b) = usual_range(known, method, i), (seen.fields[key].q01[i], seen.fields[key].q99[i])
         raise ValueError(
             f"{key}[{i}] of {spec.name!r}: the checkpoint's statistics are of other data: they reach {low:.4g} .. "
             f"{high:.4g} {field.unit}, the demonstrations {a:.4g} .. {b:.4g}; check unit and scale, or use "

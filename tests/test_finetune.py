@@ -172,7 +172,27 @@ def test_statistics_of_other_data_are_refused(tmp_path, checkpoint) -> None:
         ValueError, match=r"state/hand\[0\] of 'new_arm': the checkpoint's statistics are of other data"
     ):
         finetune(config_for(checkpoint, millimetres, tmp_path / "run"))
+    with pytest.raises(ValueError, match="statistics are of other"):
+        finetune(config_for(checkpoint, millimetres, tmp_path / "run", "statistics=pooled"))
     finetune(config_for(checkpoint, millimetres, tmp_path / "run", "statistics=new", "method=head"))
+
+
+def test_what_moves_now_but_never_did_is_refused_rather_than_mapped_to_zero() -> None:
+    base, spec = pretrained().contract, new_arm()
+    still = dataclasses.replace(base.stats["arm"].fields["action/grip"], **dict.fromkeys(("q01", "q99"), (1.0,)),
+                                min=(1.0,), max=(1.0,), mean=(1.0,), std=(0.0,))  # fmt: skip
+    for name in base.stats:
+        base.stats[name].fields["action/grip"] = still  # pyright: ignore
+    seen = make_stats(spec, seed=5)
+    with pytest.raises(ValueError, match=r"action/grip\[0\] .* they reach 1 .. 1 m, the demonstrations"):
+        extend_contract(base, spec, seen, "pretrained")
+    contract, _ = extend_contract(base, spec, seen, "pooled")
+    assert (
+        contract.stats["new_arm"].fields["action/grip"].min[0]
+        < 0
+        < 1
+        == (contract.stats["new_arm"].fields["action/grip"].max[0])
+    )
 
 
 # ---- the network
@@ -339,9 +359,11 @@ def test_zero_shot_extends_the_contract_and_nothing_else(tmp_path, checkpoint, s
     run = finetune(config_for(checkpoint, store, tmp_path / "run", "shots=0"))
     policy = load_policy(run)
     assert "new_arm" in policy.specs and not changed(run, checkpoint)
+    finetune(config_for(checkpoint, store, run, "method=head"), "overwrite")
+    assert changed(run, checkpoint)  # the zero-shot policy is not found in its place
     spec = new_arm(name="other", action=[*embodiment_dict()["action"], field("lift", "base_velocity", 1, 8)])
     more = write_store(tmp_path / "more.zarr", spec, [episode(0, spec)])
-    with pytest.raises(ValueError, match=r"action/lift of .other. is new to the checkpoint, and without demonstrations"):
+    with pytest.raises(ValueError, match=r"action/lift of .other. is new to the checkpoint, and without demonst"):
         finetune(config_for(checkpoint, more, tmp_path / "more", "shots=0"))
 
 
