@@ -28,7 +28,7 @@ def add_adapters(policy: DitaPolicy, config: LoraConfig, seed: int) -> None:
         ValueError: peft is not installed.
     """
     try:
-        import peft
+        import peft  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ValueError("method=lora needs the package peft: pip install 'dita[finetune]'") from None
     torch.manual_seed(seed)
@@ -43,7 +43,7 @@ def merged_weights(policy: DitaPolicy, weights: Mapping[str, Tensor]) -> Mapping
     """Return weights with the adapters folded in at the scale of training; those of a policy without, as they are."""
     if not any(".base_layer." in name for name in weights):
         return weights
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import LoraLayer  # pyright: ignore[reportMissingImports]
 
     merged = {name.replace(".base_layer.", "."): t for name, t in weights.items() if ".lora_" not in name}
     for name, module in policy.named_modules():
