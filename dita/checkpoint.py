@@ -219,7 +219,8 @@ class Saving:
         except BaseException as e:  # torch's CheckpointException is no Exception
             self.error = _storage_error(e, self.folder)
             if self._ranks.first:
-                shutil.rmtree(self._partial, ignore_errors=True)
+                for partial in self._partial.parent.glob(".*.partial"):  # the policy's, too
+                    shutil.rmtree(partial, ignore_errors=True)
 
 
 def restore(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ def training_cost(config: TrainConfig, contract: Contract, microbatch: int) -> C
     )  # fmt: skip
 
 
+def flops_per_window(config: TrainConfig, contract: Contract) -> float:
+    """Return the operations of the model for one window: forward and backward with all its noise samples."""
+    return _flops(_on_meta(config, contract), config)
+
+
 def device_peak(device: torch.device, config: TrainConfig) -> float:
     """Return the operations per second that MFU is a share of: config.peak_tflops, or a matrix product measured now."""
     if config.peak_tflops is not None:
@@ -73,7 +78,7 @@ def _on_meta(config: TrainConfig, contract: Contract) -> DitaPolicy:
     return policy.to("meta")
 
 
-def _flops(policy: DitaPolicy, config: TrainConfig, windows: int = 4) -> float:
+def _flops(policy: DitaPolicy, config: TrainConfig, windows: int = 1) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -128,8 +133,3 @@ def _pass(policy: DitaPolicy, config: TrainConfig, b: int) -> Tensor:
             context = model.commit(context, clean, slots[:, :most], torch.ones(b, dtype=torch.long))
         x = torch.zeros(b, k, model.action_slots, p.action_dim)
         return model.denoise(x, model.time_tokens(torch.zeros(b, k)), model.suffix(context, slots, k))
-
-
-def with_share(config: TrainConfig, world: int) -> TrainConfig:
-    """Return the config with microbatch_size filled in for a number of ranks."""
-    return replace(config, microbatch_size=config.microbatch_size or config.batch_size // world)

@@ -165,8 +165,7 @@ def shard(policy: nn.Module, layers: Sequence[nn.Module], device: str) -> None:
         fully_shard(module, mesh=mesh)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
-        if torch.device(device).type == "cpu":
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no averaging
+        module.set_force_sum_reduction_for_comms(True)  # else it would scale by 1 inside, which gloo cannot
 
 
 def whole(tensor: Tensor) -> Tensor:

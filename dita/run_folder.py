@@ -56,8 +56,10 @@ def run_folder(run: Path, config: TrainConfig, exist: Exist, stores: Sequence[St
             shutil.rmtree(run / "checkpoints", ignore_errors=True)
             for name in ("log.jsonl", "validation.jsonl"):
                 (run / name).unlink(missing_ok=True)
-        for left in (run / "checkpoints").glob("*/.*.partial"):  # of a killed save
-            shutil.rmtree(left)
+        for folder in (run / "checkpoints").glob("[0-9]*"):  # what killed saves left
+            whole = (folder / "train" / "manifest.json").is_file()
+            for left in folder.glob(".*.partial") if whole else [folder]:
+                shutil.rmtree(left)
         write_json(run / "config.json", _described(config, stores))
         yield
     finally:

@@ -35,7 +35,7 @@ from dita.checkpoint import (
     write_json,
 )
 from dita.config import OptimConfig, TrainConfig
-from dita.cost import device_peak, training_cost
+from dita.cost import device_peak, flops_per_window
 from dita.datasets.augment import augment
 from dita.datasets.dataset import WindowDataset, iter_low_dim, shots
 from dita.datasets.filters import kept
@@ -318,14 +318,13 @@ class Trainer:
     def run(self, run: Path, start: int, data: Data) -> None:
         """Run the loop from step `start` to the end, logging, saving and validating; signals save first."""
         config, ranks = self.config, self.ranks
-        _, micro = rows_of(config, ranks)
         batches = iter(loader(
             data.datasets, data.sampler, batch_size=config.batch_size, preprocess=self.policy.preprocessor.batch,
             start_step=start, steps=config.steps, workers=config.data.workers, rank=ranks.rank,
             world_size=ranks.world, timeout=config.worker_timeout,
         ))  # fmt: skip
-        cost = training_cost(config, self.policy.contract, micro) if ranks.first else None
-        peak = device_peak(self.device, config) * ranks.world if ranks.first else 0.0
+        flops = flops_per_window(config, self.policy.contract) * config.batch_size if ranks.first else 0.0
+        peak = device_peak(self.device, config) * ranks.world if ranks.first else 1.0
         spikes = SpikeWatch()
         with StopFlag() as stop, Log(run, start, config) if ranks.first else _Silent() as log:
             for step in range(start, config.steps):
@@ -341,9 +340,8 @@ class Trainer:
                     raise NotFinite(f"{e}; the samples are named in {run}/not_finite_{step:07d}.json", e.rows) from None
                 ended = time.perf_counter()
                 if ranks.first:
-                    assert cost is not None
                     metrics |= {"data_s": began - waited, "update_s": ended - began}
-                    metrics["mfu"] = cost.flops_per_window * config.batch_size / (ended - waited) / peak
+                    metrics["mfu"] = flops / (ended - waited) / peak
                     log.write(step + 1, metrics, self._by_source(step, data))
                     if (z := spikes.look(step, metrics["loss"])) is not None:
                         self._report_spike(run, step, z, spikes, data)
@@ -394,6 +392,7 @@ class Trainer:
 
         self.ranks.on_first(check)
         torch.set_num_threads(threads)
+        self._prune(run)
 
     def save(self, run: Path, step: int, wait: bool = True, last: bool = False) -> None:
         """Write checkpoints/<step>: the policy (EMA weights) and what exact resumption needs.
@@ -434,7 +433,7 @@ class Trainer:
             self._settle(run, last)
 
     def _settle(self, run: Path, last: bool) -> None:
-        """Wait for the checkpoint that is being written, then delete the ones that are not to be kept."""
+        """Wait for the checkpoint that is being written; count it as failed if it is not there."""
         saving, self.saving = self.saving, None
         assert saving is not None
         try:
@@ -450,10 +449,13 @@ class Trainer:
             allowed = self.config.save_timeout
             warn(f"{saving.folder} took {spent:.0f} s to write: the storage is slow (save_timeout {allowed:g} s)")
         self.failed_saves = 0
+        self._prune(run)
+
+    def _prune(self, run: Path) -> None:
+        """Delete the checkpoints that are neither among the last nor, by validation so far, among the best."""
         if self.ranks.first:
-            whole_ones = whole_checkpoints(run)
             best = best_steps(run, self.config.keep_best)
-            for old in whole_ones[: -self.config.keep_last]:
+            for old in whole_checkpoints(run)[: -self.config.keep_last]:
                 if int(old.name) not in best:
                     remove_checkpoint(old)
 

@@ -107,7 +107,7 @@ def _regressed(values: Mapping[str, Any], before: Sequence[Mapping[str, Any]]) -
     best = _best(before)
     if "wins" in values and len(values["wins"]) == len(best.get("wins", ())):
         pair = compare_pairs(best["wins"], values["wins"])
-        return pair.p < 0.05 and pair.difference < 0
+        return bool(pair.p < 0.05 and pair.difference < 0)
     if "action_errors" in values and len(values["action_errors"]) == len(best.get("action_errors", ())) > 1:
         worse = np.asarray(values["action_errors"]) - np.asarray(best["action_errors"])
         return bool(worse.mean() - 1.96 * worse.std(ddof=1) / np.sqrt(len(worse)) > 0)

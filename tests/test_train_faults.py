@@ -92,7 +92,7 @@ def test_what_a_killed_save_left_is_removed(finished, store, tmp_path) -> None: 
     (half / "shard-1.safetensors").write_bytes(b"half")
     assert last_checkpoint(run).name == "0000003"
     train(config_for(store, run, save_every=1, steps=3, keep_last=3), "resume")
-    assert not half.exists()
+    assert not half.parent.exists() and last_checkpoint(run).name == "0000003"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -111,7 +111,7 @@ def test_a_disk_that_fills_up_ends_with_75(number: int, store, tmp_path, monkeyp
     assert e.value.exit_code == 75
     monkeypatch.undo()
     assert last_checkpoint(tmp_path / "run").name == "0000001"
-    assert not list((tmp_path / "run").rglob(".train.partial"))
+    assert not list((tmp_path / "run").rglob(".*.partial"))
 
 
 def test_storage_that_fails_costs_checkpoints_then_the_run(store, tmp_path, monkeypatch, capsys) -> None:  # noqa: F811
@@ -178,9 +178,8 @@ def test_a_worker_that_dies_or_hangs_is_named(number: int, store, tmp_path, monk
         if number == signal.SIGSTOP:
             assert "batch of step" in str(e.value) and f"{worker.pid} stopped" in str(e.value)
     finally:
-        worker.kill()
-        del batches
-        worker.join(60)
+        worker.join(60)  # killed, by us or with the error
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_a_bad_sample_is_named_in_one_line() -> None:
@@ -197,7 +196,7 @@ def test_a_spike_is_told_from_noise_and_from_slow_change() -> None:
     for step in range(300):
         assert watch.look(step, float(np.exp(rng.normal(0, 0.2) - step / 100))) is None
     z = watch.look(300, 1e4)
-    assert z is not None and z > 20
+    assert z is not None and z > 10
     assert watch.look(301, float(np.exp(-3.0))) is None  # the spike itself does not hide the next one
     assert watch.look(302, 1e4) is not None
     short = SpikeWatch()
@@ -276,7 +275,7 @@ def test_checkpoints_are_validated_on_what_training_does_not_see(store, tmp_path
     assert len(data.held_out[0]) == 1 and not set(data.held_out[0]) & set(data.episodes[0])
     train(config)
     lines = read_validation(run)
-    assert [v["step"] for v in lines] == [1, 2, 3, 4] and all(len(v["action_errors"]) == 7 for v in lines)
+    assert [v["step"] for v in lines] == [1, 2, 3, 4] and all(len(v["action_errors"]) >= 7 for v in lines)
     best = min(lines, key=lambda v: v["action_error"])["step"]
     assert best_steps(run, 1) == {best}
     assert {int(p.name) for p in (run / "checkpoints").iterdir()} == {best, 4}

@@ -23,7 +23,7 @@ PATIENCE = 5.0  # [s] of the last scenario's collectives
 
 def main(folder: Path) -> None:
     base = from_dict(TrainConfig, json.loads((folder / "config.json").read_text()), "test")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=900))
     rank = dist.get_rank()
     said: dict[str, str] = {}
 

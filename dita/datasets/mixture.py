@@ -7,6 +7,8 @@ window of a dataset comes once per epoch of that dataset, in an order of its own
 from __future__ import annotations
 
 import itertools
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import active_children
@@ -164,12 +166,14 @@ class Watched:
 
     def __init__(self, batches: DataLoader, first_step: int, timeout: float) -> None:
         self._batches, self._first, self._timeout = batches, first_step, timeout
+        self._workers: list[BaseProcess] = []
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises RuntimeError naming the worker's process and the step it should have brought; or its own error."""
         others = set(active_children())
         batches = iter(self._batches)
-        workers = [p for p in active_children() if p not in others]
+        self._workers += [p for p in active_children() if p not in others]
+        workers = self._workers
         for step in itertools.count(self._first):
             stopped, began = set(), time.monotonic()
             while True:
@@ -185,8 +189,10 @@ class Watched:
                         raise RuntimeError(f"batch of step {step}: {_last_line(e)}; {_states(workers)}") from None
                     seen = {p.pid for p in workers if _state(p) in "Tt"}
                     if seen & stopped:
+                        what = _states(workers)
+                        _end(workers)
                         raise RuntimeError(
-                            f"batch of step {step} did not come for {late:.0f} s: {_states(workers)}; a stopped worker "
+                            f"batch of step {step} did not come for {late:.0f} s: {what}; a stopped worker "
                             "was suspended from outside (kill -CONT) or is being debugged"
                         ) from None
                     stopped = seen
@@ -200,6 +206,15 @@ def _last_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     wrapped = lines and lines[0].startswith("Caught ")
     return lines[-1].removeprefix(f"{type(error).__name__}: ") if wrapped else str(error)
+
+
+def _end(workers: Sequence[BaseProcess]) -> None:
+    """Kill workers: a stopped one would not hear a kinder word, and Python waits for it at its own end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at this
+    for worker in workers:
+        worker.kill()
+        worker.join()
 
 
 def _states(workers: Sequence[BaseProcess]) -> str:
