@@ -68,10 +68,10 @@ def finetune(config: FinetuneConfig, exist: Exist = "error") -> Path:
     """
     if config.checkpoint is None or not config.data.stores:
         raise ValueError("say what is finetuned on what: dita finetune CHECKPOINT data=STORE")
-    run, console = Path(config.run), Console()
+    run, console, checkpoint = Path(config.run), Console(), Path(config.checkpoint)
     if exist == "error" and ((run / "config.json").exists() or (run / "policy").exists()):
         raise FileExistsError(f"{run} holds a run already; continue it with --resume or start over with --overwrite")
-    base = DitaPolicy.from_pretrained(config.checkpoint)
+    base = DitaPolicy.from_pretrained(checkpoint)
     target = config.data.stores[0]
     store = Store(target.path)
     chosen = shots(store, config.shots, config.shots_seed, kept(store, target.filter)) if config.shots else ()
@@ -84,7 +84,7 @@ def finetune(config: FinetuneConfig, exist: Exist = "error") -> Path:
     config = replace(config, policy=_fit(config.policy, contract))
     print_origins(console, origins, config.shots)
     about: dict[str, Any] = {
-        "checkpoint_sha256": read_json(find_policy(Path(config.checkpoint)) / "manifest.json")["files"],
+        "checkpoint_sha256": read_json(find_policy(checkpoint) / "manifest.json")["files"],
         "demonstrations": {store.episodes[e].source: store.episodes[e].content_hash for e in chosen},
         "origins": [asdict(o) for o in origins],
     }
