@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store ablations chaos mutation soak soak-core peers
+.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store ablations chaos mutation soak soak-core peers evidence-train transfer-lift
 MINUTES ?= 30
 REPEAT ?= 20
 
@@ -42,6 +42,13 @@ ablations: $(VENV)/.installed  ## half an hour: what decides our defaults, on th
 
 peers: $(VENV)/.installed  ## hours, or days with the published epochs: other policies on the same demonstrations and starts; ARGS="--budget small"; resumes
 	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
+transfer-lift: $(VENV)/.installed  ## a day: pretraining against from scratch on a held-out arm; resumes; ARGS="--budget-minutes 60"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim,finetune]'
+	@$(BIN)/python -m benchmarks.transfer_lift $(ARGS)
+
+evidence-train: $(VENV)/.installed  ## half an hour: kills, stops, damage and full disks of training; resumes
+	@$(BIN)/python benchmarks/train_faults.py
 
 chaos: $(VENV)/.installed  ## under an hour, on an idle machine: every fault of the live stack, REPEAT times; resumes
 	@$(BIN)/python -m benchmarks.chaos --repeat $(REPEAT) $(if $(ROWS),--rows $(ROWS))

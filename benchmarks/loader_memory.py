@@ -68,8 +68,8 @@ def batches_of(
         name="none", dim=64, layers=1, heads=1, ffn_dim=64, n_obs_steps=n_obs_steps, chunk_size=8, n_action_steps=8,
         past_action_slots=0, max_committed_slots=0, action_dim=32, state_dim=64,
         cameras=1 + max(c.slot for c in store.spec.cameras),
-        state_tokens=True, embodiment_token=False, action_embedding="linear", action_attention="causal",
-        vision=vision, language=LanguageConfig("bytes", 64, 1, None),
+        state_tokens=True, embodiment_token=False, embodiment_dropout=0.0, action_embedding="linear",
+        action_attention="causal", vision=vision, language=LanguageConfig("bytes", 64, 1, None),
     )  # fmt: skip
     stats = fit(store.spec, iter_low_dim(store))
     contract = make_contract(PreprocessConfig("min_max", "squash", "stored"), policy, [store.spec], [stats])

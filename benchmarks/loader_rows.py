@@ -31,13 +31,12 @@ import google_crc32c
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from benchmarks.harness import OTHERS, Case, busy_cores
 from benchmarks.policy_rows import base_config
 from dita.config import LanguageConfig, PreprocessConfig
 from dita.datasets.dataset import WindowDataset, iter_low_dim
-from dita.datasets.mixture import MixtureSampler
+from dita.datasets.mixture import MixtureSampler, Watched
 from dita.datasets.mixture import loader as data_loader
 from dita.datasets.shards import IMAGE_CODECS
 from dita.datasets.store import Store, StoreWriter
@@ -446,7 +445,7 @@ def worker_turns(files: Files, t: int, size: Size) -> dict[str, Callable[[Window
                 preprocess=Preprocessor(contract).batch, start_step=0, steps=size.batches, workers=workers,
             )  # fmt: skip
 
-            def turn(_: Windows, batches: DataLoader = batches) -> int:
+            def turn(_: Windows, batches: Watched = batches) -> int:
                 return sum(len(batch.actions) for batch in batches)
 
             turns[f"{codec}, {workers} worker{'s' * (workers > 1)}"] = turn

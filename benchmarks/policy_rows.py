@@ -287,7 +287,9 @@ def train_multinoise(tier: str) -> list[Case]:
         )
     found = interleave(packed, partial(passes, checkpointed, 8), 2 if tier == "full" else 1)
     cases.append(found.case("K=8 against 8 passes with always-on checkpointing", 6.0))
-    return cases + equal_wall_time(tier)
+    from benchmarks.train_rows import trainer_multinoise  # which takes its policies from here
+
+    return cases + trainer_multinoise(tier) + equal_wall_time(tier)
 
 
 def training_policy(tier: str) -> DitaPolicy:

@@ -10,6 +10,7 @@ from benchmarks.live_rows import node_latency, stitching
 from benchmarks.loader_rows import loader
 from benchmarks.policy_rows import denoise_exact, tick_gpu, tick_stream, train_multinoise
 from benchmarks.process_rows import memory, startup
+from benchmarks.train_rows import ddp_scaling
 
 ROWS: dict[str, Callable[[str], list[Case]]] = {
     "denoise_exact": denoise_exact,
@@ -22,4 +23,5 @@ ROWS: dict[str, Callable[[str], list[Case]]] = {
     "startup": startup,
     "node_latency": node_latency,
     "stitching": stitching,
+    "ddp_scaling": ddp_scaling,
 }

@@ -29,6 +29,10 @@ class Observation:
         """Move every tensor to `device`."""
         return Observation(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
 
+    def rows(self, part: slice) -> Observation:
+        """Take some windows."""
+        return Observation(*(getattr(self, f.name)[part] for f in fields(self)))
+
     def pin_memory(self) -> Observation:
         """Copy to page-locked memory, for copies to a CUDA device that do not block; torch's DataLoader calls it."""
         return Observation(*(getattr(self, f.name).pin_memory() for f in fields(self)))
@@ -54,6 +58,10 @@ class Batch:
             self.actions.to(device, non_blocking=non_blocking),
             self.action_valid.to(device, non_blocking=non_blocking),
         )
+
+    def rows(self, part: slice) -> Batch:
+        """Take some windows."""
+        return Batch(self.observation.rows(part), self.actions[part], self.action_valid[part])
 
     def pin_memory(self) -> Batch:
         """Copy to page-locked memory; see `Observation.pin_memory`."""

@@ -2,19 +2,25 @@
 
     RUN/config.json                          resolved config of the run
     RUN/checkpoints/000500/policy/           model.safetensors (EMA), config.json, contract.json, manifest.json
-    RUN/checkpoints/000500/train/            train.safetensors (weights, AdamW moments, EMA), train.json, manifest.json
-    RUN/checkpoints/last                     text file: name of the newest whole checkpoint
+    RUN/checkpoints/000500/train/            shard-*.safetensors (weights, moments, EMA), train.json, manifest.json
 
 A folder without a manifest is not a checkpoint; a folder whose files do not fit its manifest is refused by file name.
+The train state is written and read by torch.distributed.checkpoint, each rank its own shards, with its safetensors
+storage: the other one keeps its index as a pickle, which reading would run. Any number of ranks reads what any other
+number wrote.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,12 +32,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dita.config import DiffusionConfig, PolicyConfig, from_dict, to_dict
+from dita.distributed import ALONE, Ranks
 from dita.policy.policy import DitaPolicy
 from dita.preprocess import Contract
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORMAT_VERSION = 2  # 2: q, k, v and gate, up are one tensor each
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NoSpace(OSError):
+    """The disk is full; older checkpoints are intact. The command may be given again once there is space."""
+
+    exit_code = 75  # EX_TEMPFAIL
 
 
 def save_policy(
@@ -44,14 +58,17 @@ def save_policy(
     Raises:
         ValueError: a weight is not finite.
     """
-    tensors = {name: t.detach().cpu().contiguous() for name, t in (weights or policy.state_dict()).items()}
+    from dita.lora import merged_weights  # which imports the policy too
+
+    weights = merged_weights(policy, weights or policy.state_dict())
+    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
     if precision == "bf16":
         lower = {f"model.{name}" for name, _ in policy.model.named_parameters()}
         tensors = {name: t.to(torch.bfloat16) if name in lower else t for name, t in tensors.items()}
     _refuse_not_finite(tensors, "refusing to save weights that are not finite")
     config = {"policy": to_dict(policy.config), "diffusion": to_dict(policy.diffusion.config)}
 
-    _require_space(folder, tensors)
+    _require_space(folder, tensors.values())
 
     def fill(at: Path) -> None:
         save_file(tensors, at / "model.safetensors")
@@ -72,6 +89,7 @@ def load_policy(folder: str | Path, device: str = "cpu", precision: Precision = 
     # a mapping of its own, dropped again: pages that were looked at would stay in memory beside what is built from them
     _refuse_not_finite(load_tensors(path), f"{path} holds weights that are not finite")
     weights = load_tensors(path)
+    config["policy"].setdefault("embodiment_dropout", 0.0)  # checkpoints before there was one
     sizes = from_dict(PolicyConfig, config["policy"], f"{at}/config.json: policy")
     objective = from_dict(DiffusionConfig, config["diffusion"], f"{at}/config.json: diffusion")
     with blank_weights(sizes):
@@ -125,39 +143,158 @@ def last_checkpoint(run: Path) -> Path:
     Raises:
         FileNotFoundError: the run has none yet.
     """
-    whole = [p for p in sorted((run / "checkpoints").glob("[0-9]*")) if (p / "train" / "manifest.json").is_file()]
+    whole = whole_checkpoints(run)
     if not whole:
         raise FileNotFoundError(f"{run} has no finished checkpoint yet; see {run}/log.jsonl for how far it came")
     return whole[-1]
 
 
-def save_train_state(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write what exact resumption needs: tensors and plain JSON values."""
-    _require_space(folder, tensors)
+def whole_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run that were written to the end, oldest first."""
+    return [p for p in sorted((run / "checkpoints").glob("[0-9]*")) if (p / "train" / "manifest.json").is_file()]
 
-    def fill(at: Path) -> None:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, at / "train.safetensors")
-        write_json(at / "train.json", state)
 
-    write_folder(folder, fill)
+class Saving:
+    """A train state on its way to the disk: staged when this returns, written by a thread.
+
+    Every rank makes one at the same step. Rank 0 writes what `also` writes, then the manifest, and renames.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        ranks: Ranks,
+        also: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the tensors to memory and begin to write them; shards of a distributed tensor by their ranks.
+
+        Raises:
+            NoSpace: they may not fit.
+        """
+        import torch.distributed.checkpoint as dcp
+
+        self.folder, self.began, self.error = folder, time.monotonic(), None
+        self._partial, self._state, self._also, self._ranks = _partial_of(folder), dict(state), also, ranks
+        ranks.on_first(self._prepare_for(tensors))
+        writer = dcp.HuggingFaceStorageWriter(str(self._partial), save_distributed=True)
+        _quiet_about_one_process()
+        self._future = dcp.async_save(dict(tensors), storage_writer=writer, process_group=ranks.saving)
+        self._thread = threading.Thread(target=self._finish, name=f"save {folder.parent.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is still being written."""
+        return self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            NoSpace: the disk became full.
+            OSError: the storage failed, on any rank.
+        """
+        self._thread.join()
+        failed = self.error is not None
+        if self._ranks.any(failed):
+            raise self.error if self.error is not None else OSError(f"{self.folder} was not saved: rank 0 failed")
+
+    def _prepare_for(self, tensors: Mapping[str, Tensor]) -> Callable[[], None]:
+        def prepare() -> None:
+            _require_space(self.folder, tensors.values())
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir(parents=True)
+
+        return prepare
+
+    def _finish(self) -> None:
+        try:
+            self._future.result()  # a rank's failure is raised on all of them
+            if self._ranks.first:
+                write_json(self._partial / "train.json", self._state)
+                self._also()
+                _seal(self._partial, self.folder)
+        except BaseException as e:  # torch's CheckpointException is no Exception
+            self.error = _storage_error(e, self.folder)
+            if self._ranks.first:
+                for partial in self._partial.parent.glob(".*.partial"):  # the policy's, too
+                    shutil.rmtree(partial, ignore_errors=True)
+
+
+def restore(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Any]:
+    """Read a verified train state into tensors that are there, of any sharding, and return its plain values.
+
+    Raises:
+        ValueError: the tensors are others than the checkpoint's.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    there = {n: tuple(m.size) for n, m in reader.read_metadata().state_dict_metadata.items()}  # pyright: ignore
+    wrong = [n for n, t in tensors.items() if there.get(n) != tuple(t.shape)]
+    if wrong:
+        lines = [f"{n}: checkpoint {there.get(n)}, now {tuple(tensors[n].shape)}" for n in wrong[:5]]
+        raise ValueError(f"{folder}: {len(wrong)} tensors do not fit the config: " + "; ".join(lines))
+    _quiet_about_one_process()
+    dcp.load(dict(tensors), storage_reader=reader, process_group=ranks.saving)
+    return read_json(folder / "train.json")
 
 
 def load_train_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a train state back.
+    """Read a train state back into whole tensors.
 
     Raises:
         ValueError: damaged (the file is named).
     """
+    import torch.distributed.checkpoint as dcp
+
+    verify_train_state(folder)
+    there = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in there.items()}  # pyright: ignore
+    return tensors, restore(folder, tensors, ALONE)
+
+
+def verify_train_state(folder: Path) -> None:
+    """Check every file of a train state, and that no other one would be read with it; raises ValueError."""
     verify_folder(folder)
-    return load_tensors(folder / "train.safetensors"), read_json(folder / "train.json")
+    known = read_json(folder / "manifest.json")["files"]
+    for path in folder.glob("*.safetensors"):  # all of them are read
+        if path.name not in known:
+            raise ValueError(f"{path} is not in the manifest beside it: move it away, or take another checkpoint")
+
+
+def _quiet_about_one_process() -> None:
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+
+
+def _storage_error(error: BaseException, folder: Path) -> OSError:
+    """Say in one line what stopped a save; failures of ranks come wrapped."""
+    causes = [error, *(e for e, _ in getattr(error, "failures", {}).values())]
+    text = "; ".join(dict.fromkeys(f"{type(e).__name__}: {e}" for e in causes[1:] or causes))
+    what = f"{folder} was not saved ({text}); older checkpoints are intact"
+    if any(isinstance(e, OSError) and e.errno in FULL for e in causes) or "No space left" in text:
+        free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
+        return NoSpace(f"{what}; {free} bytes are free: make room and continue with --resume")
+    return OSError(what)
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Fill a folder beside its final place, write its manifest last, and rename it in one step."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = _partial_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     fill(partial)
+    _seal(partial, folder)
+
+
+def _partial_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _seal(partial: Path, folder: Path) -> None:
     files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(partial.iterdir())}
     write_json(partial / "manifest.json", {"version": FORMAT_VERSION, "files": files})
     for path in partial.iterdir():
@@ -182,15 +319,19 @@ def verify_folder(folder: Path) -> None:
             f"{folder} has format version {manifest.get('version')}, this Dita reads {FORMAT_VERSION}; load it with "
             "the Dita that wrote it, or train again"
         )
-    for name, entry in manifest["files"].items():
+    try:
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder}/manifest.json is damaged; take another checkpoint") from None
+    for name, (size, digest) in files.items():
         path = folder / name
         if Path(name).name != name:
             raise ValueError(f"{folder}/manifest.json names {name!r}: outside the folder")
         if not path.is_file():
             raise ValueError(f"{path} is missing; take another checkpoint")
-        if path.stat().st_size != entry["size"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {entry['size']}: truncated?")
-        if _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {size}: truncated?")
+        if _sha256(path) != digest:
             raise ValueError(f"{path} does not fit its SHA-256: damaged or edited; take another checkpoint")
 
 
@@ -248,12 +389,12 @@ def _fit_names(policy: DitaPolicy, weights: Mapping[str, Tensor], path: Path) ->
         raise ValueError(f"{path}: {len(wrong)} tensors do not fit the config: " + "; ".join(lines))
 
 
-def _require_space(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def _require_space(folder: Path, tensors: Iterable[Tensor]) -> None:
     """Refuse to start a write that may not fit; the checkpoints before it stay as they are."""
     existing = next(p for p in folder.absolute().parents if p.exists())
-    needed, free = 2 * sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(existing).free
+    needed, free = 2 * sum(t.numel() * t.element_size() for t in tensors), shutil.disk_usage(existing).free
     if free < needed:
-        raise OSError(
+        raise NoSpace(
             f"no space for {folder}: {needed / 2**20:.0f} MiB wanted, {free / 2**20:.0f} MiB free; older checkpoints "
             "are intact: free some space (or lower keep_last) and continue with --resume"
         )

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from dita.config import CollectConfig, DemoConfig, EvalConfig, LiveConfig, TrainConfig, from_dict
+from dita.config import CollectConfig, DemoConfig, EvalConfig, FinetuneConfig, LiveConfig, TrainConfig, from_dict
 from dita.embodiment import config_folder
 
 T = TypeVar("T")
@@ -22,7 +22,11 @@ Exist = Literal["error", "resume", "overwrite"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit code: 0, 1 for a refused input, 130 for an interrupt."""
+    """Run one command; return its exit code.
+
+    0; 1 for a refused input; 130 for an interrupt; 75 for a full disk; 85 for a job that was told to make room and has
+    saved: give the same command again.
+    """
     # OpenMP's default is to spin for milliseconds: next to any other process a step then takes six times as long
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     parser = build_parser()
@@ -41,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
         kind = "" if isinstance(e, (ValueError, KeyError, OSError)) else f"{type(e).__name__}: "
         print(f"dita {args.verb}: {kind}{' '.join(text.split())}", file=sys.stderr)
-        return 1
+        return getattr(e, "exit_code", 1)
     return 0
 
 
@@ -100,8 +104,19 @@ def build_parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "Train a policy on one or more stores.", """
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo --resume
-        dita train diffusion.objective=behaviour_cloning data.stores=...""", True)  # fmt: skip
+        dita train diffusion.objective=behaviour_cloning data.stores=...
+        dita train experiment=dita_base_4x8 --dry-run --ranks 32
+        torchrun --nproc-per-node 8 -m dita.cli train device=cuda parallel=fsdp data.stores=...""", True)  # fmt: skip
     _add_exist(train)
+    train.add_argument("--dry-run", action="store_true", help="print parameters, memory, speed; draw the first batch")
+    train.add_argument("--ranks", type=int, metavar="N", help="of --dry-run: processes of the job (this one's)")
+    finetune = verb("finetune", _finetune, "Finetune a checkpoint on ten demonstrations of a new robot.", """
+        dita finetune outputs/train/demo data=data/my_arm.zarr shots=10 method=full
+        dita finetune outputs/train/demo data=data/my_arm.zarr method=lora run=outputs/finetune/my_arm
+        dita finetune outputs/train/demo data=data/my_arm.zarr shots=0 run=outputs/finetune/zero_shot
+        dita finetune outputs/train/arms data=data/iiwa.zarr env=robosuite replay=false""", True)  # fmt: skip
+    finetune.add_argument("checkpoint", help="run, checkpoint or policy folder")
+    _add_exist(finetune)
     evaluate = verb("eval", _eval, "Evaluate a checkpoint in simulation, with intervals and videos.", """
         dita eval outputs/train/demo out=outputs/eval/demo
         dita eval outputs/train/demo episodes=100 env.tasks=[drawer-open-v3] n_action_steps=4
@@ -191,6 +206,8 @@ def compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if name == "finetune":
+        overrides = [_finetune_override(word) for word in overrides]
     try:
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
             config = hydra_compose(name, overrides=list(overrides))
@@ -201,6 +218,16 @@ def compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
         raise ValueError(f"{' '.join(str(e).split())} (keys: {config_folder()}/{name}.yaml)") from None
     assert isinstance(values, dict)
     return from_dict(cls, {str(k): v for k, v in values.items()}, name)
+
+
+def _finetune_override(word: str) -> str:
+    """Read data=STORE, which Hydra would take for a file of configs/data; refuse what comes from the checkpoint."""
+    key, _, value = word.partition("=")
+    if key.lstrip("+~").split(".")[0] in ("policy", "diffusion", "preprocess", "experiment"):
+        raise ValueError(f"finetune: {key} cannot be set: policy, diffusion and preprocess are the checkpoint's")
+    if key == "method" and value not in ("full", "lora", "head"):  # before it is looked up in learning_rates
+        raise ValueError(f"finetune: method is full, lora or head, got {value!r}")
+    return f"data.stores=[{{path:{json.dumps(value)},weight:1,filter:null}}]" if key == "data" else word
 
 
 def _unknown_key(name: str, key: str) -> str:
@@ -311,10 +338,23 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     config = compose("train", overrides, TrainConfig)
+    if args.dry_run:
+        from dita.distributed import ranks_of_environment
+        from dita.dry_run import dry_run
+
+        dry_run(config, args.ranks or ranks_of_environment()[1])
+        return
     from dita.train import train
 
     run = train(config, args.exist)
     print(f"trained: {run}")
+
+
+def _finetune(args: argparse.Namespace, overrides: list[str]) -> None:
+    config = replace(compose("finetune", overrides, FinetuneConfig), checkpoint=args.checkpoint)
+    from dita.finetune import finetune
+
+    print(f"finetuned: {finetune(config, args.exist)}")
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -86,6 +86,7 @@ class PolicyConfig:
     cameras: int  # camera slots
     state_tokens: bool
     embodiment_token: bool
+    embodiment_dropout: float  # share of training rows that are not told the embodiment; 0: no such token
     action_embedding: Literal["zero_pad", "linear"]
     action_attention: Literal["causal", "bidirectional"]
     vision: VisionConfig
@@ -98,6 +99,10 @@ class PolicyConfig:
         _require(
             1 <= self.n_action_steps <= self.chunk_size,
             f"policy.n_action_steps {self.n_action_steps} must be in 1..chunk_size ({self.chunk_size})",
+        )
+        _require(
+            0 <= self.embodiment_dropout < 1 and (self.embodiment_token or not self.embodiment_dropout),
+            f"policy.embodiment_dropout {self.embodiment_dropout} must be in 0..1, and 0 without embodiment_token",
         )
         slots = self.past_action_slots + self.chunk_size
         _require(
@@ -207,21 +212,60 @@ class TrainConfig:
     run: str  # run folder
     seed: int
     steps: int
-    batch_size: int
+    batch_size: int  # over all ranks and microbatches
+    microbatch_size: int | None  # windows that go through the network at once; None: a rank's whole share
     noise_samples_per_context: int
-    device: str  # auto, cpu, cuda
+    loss_reduction: Literal["token", "square", "sample"]  # what weighs alike: action elements, samples, or between
+    device: str  # cpu, cuda
+    parallel: Literal["none", "ddp", "fsdp"]  # over the processes of torchrun or srun
     precision: Literal["fp32", "bf16"]
     activation_checkpointing: bool  # less memory, a third more time
+    compile: bool  # the trunk's blocks
     threads: int  # 0: all cores
     log_every: int
     save_every: int
+    async_save: bool  # a thread writes, training goes on
     keep_last: int
+    keep_best: int  # beside the last ones, by validation
+    collective_timeout: float  # [s] until a rank that hangs is an error
+    save_timeout: float  # [s] until a checkpoint that is being written is worth a warning
+    worker_timeout: float  # [s] until a batch that does not come is an error
+    peak_tflops: float | None  # of one device, for the MFU; None: a matrix product is measured
+    wandb: str | None  # project; None: TensorBoard and JSONL only
     policy: PolicyConfig
     diffusion: DiffusionConfig
     preprocess: PreprocessConfig
     data: DataConfig
     augment: AugmentConfig
     optim: OptimConfig
+    validation: ValidationConfig
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "train", "steps", "batch_size", "noise_samples_per_context", "log_every", "save_every")
+        _require_positive(self, "train", "keep_last")
+        _require(self.keep_best >= 0, f"train: keep_best must not be negative, got {self.keep_best}")
+        _require((self.microbatch_size or 1) >= 1, f"train: microbatch_size {self.microbatch_size} is below 1")
+        for key in ("collective_timeout", "save_timeout", "worker_timeout"):
+            _require(getattr(self, key) > 0, f"train: {key} must be positive, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Checks of a checkpoint while its run goes on; each forces one to be saved."""
+
+    every: int  # steps; 0: never
+    episodes: float  # share of each store's episodes that training does not see
+    windows: int  # of each store's, spread evenly, whose actions are sampled
+    rollouts: EvalConfig | None  # in simulation; `out` is replaced
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"validation.every must not be negative, got {self.every}")
+        _require(0 <= self.episodes < 1, f"validation.episodes must be in 0 .. 1, got {self.episodes}")
+        _require_positive(self, "validation", "windows")
+        _require(
+            not self.every or self.episodes > 0 or self.rollouts is not None,
+            "validation.every needs something to check: validation.episodes above 0 or validation.rollouts",
+        )
 
 
 @dataclass(frozen=True)
@@ -233,6 +277,47 @@ class EnvConfig:
     tasks: tuple[str, ...]
     max_steps: int
     fast_render: bool  # no shadows, multisampling or reflections: 4-9 times faster on a CPU
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): W + alpha / rank * B A."""
+
+    rank: int
+    alpha: float
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, f"lora.rank must be at least 1, got {self.rank}")
+        _require(self.alpha > 0, f"lora.alpha must be positive, got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """One per method, fixed beforehand."""
+
+    full: float
+    lora: float
+    head: float
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """`dita finetune`: a config of the same loop; policy, diffusion and preprocess are replaced by the checkpoint's."""
+
+    checkpoint: str | None  # run, checkpoint or policy folder
+    shots: int  # demonstrations of the first store; 0: none, extend the contract only (zero-shot)
+    shots_seed: int  # which ones: fewer are a subset of more
+    method: Literal["full", "lora", "head"]
+    statistics: Literal["pretrained", "new", "pooled"]  # of the fields that the checkpoint's robots have too
+    lora: LoraConfig
+    learning_rates: LearningRates
+    replay: bool  # play the demonstrations' actions open loop in `env` before training
+    env: EnvConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.shots >= 0, f"shots must not be negative, got {self.shots}")
+        _require(self.data.shots is None, "data.shots is for dita train; say shots=")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -67,6 +67,51 @@ def fit(
     fields = {f"state/{f.name}": state.stats(cut) for f, cut, _ in slices(spec.state)}
     fields |= {f"action/{f.name}": action.stats(cut) for f, cut, _ in slices(spec.action)}
     return NormStats(spec.name, fields)
+
+
+def pool(parts: Sequence[FieldStats]) -> FieldStats:
+    """Join statistics of the same field on several robots as if their rows were one set (Chan et al. 1979).
+
+    Count, mean, spread and extremes are exact. Quantiles of the whole lie between those of the parts: the outermost
+    are taken, so that no part's 98 % are cut.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    counts = np.array([p.count for p in parts], np.float64)
+    share = (counts / counts.sum())[:, None]
+    mean, std = (np.array([getattr(p, key) for p in parts]) for key in ("mean", "std"))  # [parts d]
+    middle = (share * mean).sum(0)
+    spread = np.sqrt((share * (std**2 + (mean - middle) ** 2)).sum(0))
+    low, low_q = (np.array([getattr(p, key) for p in parts]).min(0) for key in ("min", "q01"))
+    high, high_q = (np.array([getattr(p, key) for p in parts]).max(0) for key in ("max", "q99"))
+    values = (middle, spread, low, high, low_q, high_q)
+    return FieldStats(int(counts.sum()), *(tuple(float(v) for v in value) for value in values))
+
+
+def beyond(known: FieldStats, seen: FieldStats, method: Method) -> list[int]:
+    """Return the dims of which 98 % of what was seen is not within three times the usual range around its middle.
+
+    A dim that never moved has no range to compare with; see `frozen`.
+    """
+    found = []
+    for i, (low, high) in enumerate(zip(seen.q01, seen.q99, strict=True)):
+        a, b = usual_range(known, method, i)
+        if b - a >= NO_SPREAD and not (2 * a - b <= low and high <= 2 * b - a):
+            found.append(i)
+    return found
+
+
+def frozen(kept: FieldStats, seen: FieldStats, method: Method) -> list[int]:
+    """Return the dims that moved, but that these statistics would map to 0 as constant."""
+    _, spread = _affine(kept, method)
+    return [i for i, s in enumerate(spread) if s < NO_SPREAD <= seen.max[i] - seen.min[i]]
+
+
+def usual_range(stats: FieldStats, method: Method, i: int) -> tuple[float, float]:
+    """Return what a dim is normalised by: its extremes, its quantiles, or three standard deviations to either side."""
+    center, spread = _affine(stats, method)
+    width = float(spread[i]) * (3 if method == "mean_std" else 1)
+    return float(center[i]) - width, float(center[i]) + width
 
 
 def stats_to_dict(stats: NormStats) -> dict[str, Any]:

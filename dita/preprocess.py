@@ -6,10 +6,10 @@ Shape legend: b batch, t frames, v camera slots, n actions, a action dims, A pad
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,12 +20,32 @@ from torch import Tensor
 from dita.batch import Batch, Observation
 from dita.config import LanguageConfig, PolicyConfig, PreprocessConfig
 from dita.embodiment import embodiment_from_dict, embodiment_to_dict, pad, pad_mask, sha256_json, unpad
-from dita.normalize import Normalizer, stats_from_dict, stats_to_dict
+from dita.normalize import (
+    Method,
+    Normalizer,
+    beyond,
+    frozen,
+    pool,
+    stats_from_dict,
+    stats_to_dict,
+    usual_range,
+)
 from dita.policy.language import tokenizer
 from dita.relative import anchors, to_absolute, to_relative
-from dita.types import ActionChunk, CameraSpec, EmbodimentSpec, NormStats, RawObservation, Window
+from dita.types import (
+    ActionChunk,
+    CameraSpec,
+    EmbodimentSpec,
+    FieldSpec,
+    FieldStats,
+    NormStats,
+    RawObservation,
+    Window,
+)
 
 CONTRACT_VERSION = 1
+MEANING = ("kind", "unit", "frame")  # of a field: what a slot of the padded vector holds for good
+Statistics = Literal["pretrained", "new", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +53,12 @@ class Contract:
     """What a checkpoint, a dataset and a robot must agree on, per embodiment."""
 
     preprocess: Mapping[str, Any]  # image size, resize, normalisation, padded dims: plain values
-    specs: Mapping[str, EmbodimentSpec]
+    specs: Mapping[str, EmbodimentSpec]  # by name: their order is that of the network's embodiment tokens
     stats: Mapping[str, NormStats]
+
+    def __post_init__(self) -> None:
+        for key in ("specs", "stats"):  # as JSON keeps them, or a loaded policy would take one robot for another
+            object.__setattr__(self, key, dict(sorted(getattr(self, key).items())))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; `from_dict` inverts it."""
@@ -121,6 +145,140 @@ def make_contract(
         "language": {"kind": language.kind, "max_tokens": language.max_tokens, "pretrained": language.pretrained},
     }
     return Contract(preprocess, {s.name: s for s in specs}, {s.embodiment: s for s in stats})
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a part of a new embodiment comes from."""
+
+    part: str  # "action.position_delta", "camera wrist", "rate"
+    weights: Literal["reused", "new", ""]  # of the network, for this part's slots
+    like: tuple[str, ...]  # robots of the checkpoint whose part means the same
+    statistics: str  # "pretrained", "new", "pooled"; "" for what has none
+    note: str  # why it is not reused, or what else to know
+
+
+def extend_contract(
+    contract: Contract, spec: EmbodimentSpec, seen: NormStats | None, statistics: Statistics
+) -> tuple[Contract, tuple[Origin, ...]]:
+    """Add a robot to a contract, reusing the padded fields that mean the same on robots it knows.
+
+    A field is reused where slot, size, kind, unit, frame, mode and reference agree; then its statistics are those of
+    all such robots pooled (`pretrained`), those of the demonstrations (`new`), or both together (`pooled`). Any other
+    field takes the demonstrations'. The padded vectors and camera slots grow where the robot needs more.
+
+    Args:
+        contract: of the checkpoint.
+        spec: the new robot, or one that the contract knows, which keeps its own statistics.
+        seen: statistics of the demonstrations; None: there are none (zero-shot).
+        statistics: of reused fields.
+
+    Raises:
+        ValueError: a field's slots hold another kind, unit or frame in the checkpoint (named); a field needs statistics
+            and there are no demonstrations; or the statistics that are kept are of other data.
+    """
+    known = contract.specs
+    if spec.name in known:
+        contract.check_embodiment(spec)
+        known = {spec.name: known[spec.name]}
+    fields, origins, method = {}, [], contract.preprocess["normalization"]
+    for group, mine in (("state", spec.state), ("action", spec.action)):
+        others = [(name, f) for name, s in known.items() for f in getattr(s, group)]
+        for field in mine:
+            _refuse_contradiction(spec, group, field, others)
+            key = f"{group}/{field.name}"
+            like = [(name, contract.stats[name].fields[f"{group}/{f.name}"]) for name, f in others if _same(f, field)]
+            fields[key], told = _choose(spec, key, [s for _, s in like], seen, statistics)
+            if told != "new" and seen is not None and field.kind != "ee_rotation_6d":  # which is not normalised
+                _refuse_other_data(spec, field, key, fields[key], pool([s for _, s in like]), seen, method)
+            robots = tuple(dict.fromkeys(name for name, _ in like))
+            weights, why = _compared(field, [f for _, f in others])
+            origins.append(Origin(f"{group}.{field.name}", weights, robots, told, "" if like else why))
+    grown = {
+        "state_dim": max(f.slot + f.size for f in spec.state) if spec.state else 0,
+        "action_dim": max(f.slot + f.size for f in spec.action),
+        "cameras": max((c.slot + 1 for c in spec.cameras), default=0),
+    }
+    preprocess = {k: max(v, grown[k]) if k in grown else v for k, v in contract.preprocess.items()}
+    specs = {**contract.specs, spec.name: spec}
+    stats = {**contract.stats, spec.name: NormStats(spec.name, fields)}
+    return Contract(preprocess, specs, stats), (*origins, *_cameras_and_rates(contract, spec))
+
+
+def _same(a: FieldSpec, b: FieldSpec) -> bool:
+    return all(getattr(a, k) == getattr(b, k) for k in (*MEANING, "slot", "size", "mode", "reference"))
+
+
+def _refuse_contradiction(
+    spec: EmbodimentSpec, group: str, field: FieldSpec, others: Sequence[tuple[str, FieldSpec]]
+) -> None:
+    for slot in range(field.slot, field.slot + field.size):
+        there = [(name, f) for name, f in others if f.slot <= slot < f.slot + f.size]
+        if not there or any(all(getattr(f, k) == getattr(field, k) for k in MEANING) for _, f in there):
+            continue
+        name, other = there[0]
+        wrong = [(k, getattr(other, k), getattr(field, k)) for k in MEANING if getattr(other, k) != getattr(field, k)]
+        listed = ", ".join(f"{k} {a!r} there, {b!r} here" for k, a, b in wrong)
+        free = max(f.slot + f.size for _, f in others)
+        raise ValueError(
+            f"{group}.{field.name} of {spec.name!r} contradicts the checkpoint: slot {slot} holds {name}'s "
+            f"{group}.{other.name}: {listed}; correct the field, or give it a slot of its own (free from {free} on)"
+        )
+
+
+def _choose(
+    spec: EmbodimentSpec, key: str, known: list[FieldStats], seen: NormStats | None, statistics: Statistics
+) -> tuple[FieldStats, str]:
+    if seen is None and (not known or statistics != "pretrained"):
+        what = "is new to the checkpoint" if not known else f"is asked for with statistics={statistics}"
+        raise ValueError(
+            f"{key} of {spec.name!r} {what}, and without demonstrations it has no statistics: shots=1 or more"
+        )
+    if seen is None or (known and statistics == "pretrained"):
+        return pool(known), "pretrained"
+    if not known or statistics == "new":
+        return seen.fields[key], "new"
+    return pool([*known, seen.fields[key]]), "pooled"
+
+
+def _refuse_other_data(
+    spec: EmbodimentSpec,
+    field: FieldSpec,
+    key: str,
+    kept: FieldStats,
+    known: FieldStats,
+    seen: NormStats,
+    method: Method,
+) -> None:
+    """Refuse where the demonstrations are far from the known statistics, or would not move with the kept ones."""
+    for i in (*beyond(known, seen.fields[key], method), *frozen(kept, seen.fields[key], method)):
+        (low, high), (a, b) = usual_range(known, method, i), (seen.fields[key].q01[i], seen.fields[key].q99[i])
+        raise ValueError(
+            f"{key}[{i}] of {spec.name!r}: the checkpoint's statistics are of other data: they reach {low:.4g} .. "
+            f"{high:.4g} {field.unit}, the demonstrations {a:.4g} .. {b:.4g}; check unit and scale, or use "
+            "statistics=new"
+        )
+
+
+def _compared(field: FieldSpec, others: Sequence[FieldSpec]) -> tuple[Literal["reused", "new"], str]:
+    """Say whether the checkpoint uses a field's slots, and how its field there differs."""
+    there = next((f for f in others if f.slot < field.slot + field.size and field.slot < f.slot + f.size), None)
+    if there is None:
+        return "new", "new slots"
+    keys = [k for k in ("mode", "reference", "slot", "size") if getattr(there, k) != getattr(field, k)]
+    return "reused", ", ".join(f"{k} {getattr(there, k)} there, {getattr(field, k)} here" for k in keys)
+
+
+def _cameras_and_rates(contract: Contract, spec: EmbodimentSpec) -> Iterator[Origin]:
+    for camera in spec.cameras:
+        like = tuple(n for n, s in contract.specs.items() if any(c.slot == camera.slot for c in s.cameras))
+        yield Origin(f"camera {camera.name}", "reused" if like else "new", like, "", f"view slot {camera.slot}")
+    for key in ("obs_dt", "action_dt"):
+        mine = getattr(spec, key)
+        found = {n: getattr(s, key) for n, s in contract.specs.items()}
+        like = tuple(n for n, dt in found.items() if abs(dt - mine) < 1e-3 * dt)
+        theirs = ", ".join(f"{v:g} s" for v in sorted(set(found.values())))
+        yield Origin(key, "", like, "", f"{mine:g} s" if like else f"{mine:g} s here, {theirs or 'none'} there")
 
 
 class Preprocessor:

@@ -1,80 +1,162 @@
-"""Batch -> loss -> optimizer, EMA -> checkpoint. The composition root of training.
+"""Batch -> loss -> optimizer, EMA -> checkpoint -> evaluation: one loop for one process and for many.
 
-Every random draw is a function of (seed, purpose, step), so a run resumed from step n is bit-equal to one that never
-stopped: there is no generator state to save.
+Every random draw is a function of (seed, purpose, step, place in the global batch), and every sum that ranks share is
+taken in the order of the samples, so a run resumed from step n is bit-equal to one that never stopped, and two
+processes to one (with the same microbatch_size): there is no generator state to save.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import signal
+import shutil
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from jaxtyping import Float64
+from torch import Tensor, nn
 
 from dita.batch import Batch
 from dita.checkpoint import (
+    NoSpace,
+    Saving,
     check_device,
-    last_checkpoint,
-    load_train_state,
-    read_json,
+    load_policy,
+    restore,
     save_policy,
-    save_train_state,
+    whole_checkpoints,
     write_json,
 )
-from dita.config import OptimConfig, TrainConfig, to_dict
+from dita.config import OptimConfig, TrainConfig
+from dita.cost import device_peak, flops_per_window
 from dita.datasets.augment import augment
 from dita.datasets.dataset import WindowDataset, iter_low_dim, shots
-from dita.datasets.filters import filter_hash, kept
+from dita.datasets.filters import kept
 from dita.datasets.mixture import MixtureSampler, check_rates, loader
 from dita.datasets.store import Store
 from dita.datasets.windows import strides
+from dita.distributed import ALONE, Ranks, processes, shard, whole
 from dita.normalize import fit
-from dita.policy.policy import DitaPolicy
+from dita.policy.policy import DitaPolicy, Draws
 from dita.preprocess import Contract, make_contract
 from dita.relative import relative_chunks
+from dita.run_folder import Exist, Preempted, StopFlag, newest_good, run_folder
+from dita.train_log import Log, SpikeWatch, warn
 from dita.types import EmbodimentSpec, NormStats
+from dita.validate import best_steps, held_out, validate
 
-Exist = Literal["error", "resume", "overwrite"]
-INIT, NOISE, AUGMENT, DATA = range(4)  # purposes of random numbers
-MAY_CHANGE_ON_RESUME = ("run", "threads", "device", "log_every", "save_every", "keep_last")
+INIT, NOISE, AUGMENT, DATA, SPLIT = range(5)  # purposes of random numbers
+MOST_FAILED_SAVES = 3
+Build = Callable[[TrainConfig, Sequence[Store], Sequence[Sequence[int]]], DitaPolicy]
 
 
-def train(config: TrainConfig, exist: Exist = "error") -> Path:
-    """Train a policy and return its run folder.
+def train(config: TrainConfig, exist: Exist = "error", build: Build | None = None) -> Path:
+    """Train a policy and return its run folder; under torchrun or srun, as one rank of the job.
 
     Args:
         config: everything; saved as RUN/config.json.
         exist: what to do if the run folder has checkpoints: refuse, continue bit-equal, or start over.
+        build: makes the policy that training starts from; None: `build_policy`, from scratch.
 
     Raises:
         FileExistsError: the run folder is taken and `exist` is "error", or another process trains in it.
         ValueError: stores, config or checkpoint do not fit; the loss is not finite (the step is not applied).
+        NoSpace: the disk is full; older checkpoints are intact.
+        Preempted: SIGTERM or SIGUSR1; a checkpoint was saved.
     """
     check_device(config.device)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     run = Path(config.run)
     if not config.data.stores:
         raise ValueError("nothing to train on: give 'data.stores=[{path:STORE,weight:1}]'")
-    stores = [Store(s.path) for s in config.data.stores]  # refused before the run folder is claimed
-    episodes = [_episodes(store, s.filter, config) for store, s in zip(stores, config.data.stores, strict=True)]
-    with run_folder(run, config, exist):
-        policy = build_policy(config, stores, episodes)
-        trainer = Trainer(policy, config)
-        start = trainer.load(last_checkpoint(run) / "train") if exist == "resume" and _has_checkpoint(run) else 0
-        trainer.run(run, start, _batches(config, policy, stores, episodes, start))
+    with processes(config.device, config.parallel, config.collective_timeout) as ranks:
+        data = open_data(config)  # refused before the run folder is claimed
+        rows_of(config, ranks)
+        with ranks.holding(lambda: run_folder(run, config, exist, data.stores)):
+            policy = (build or build_policy)(config, data.stores, data.episodes)
+            trainer = Trainer(policy, config, ranks)
+            start = trainer.resume(run) if exist == "resume" else 0
+            trainer.run(run, start, data)
     return run
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on, and what it is kept away from."""
+
+    stores: Sequence[Store]
+    episodes: Sequence[Sequence[int]]  # trained on, per store
+    held_out: Sequence[Sequence[int]]  # validated on
+    datasets: Sequence[WindowDataset]
+    sampler: MixtureSampler
+
+    def sources(self, step: int, batch_size: int) -> np.ndarray:
+        """Return which store each sample of a global batch comes from."""
+        return np.array([d for d, _ in self.sampler.sample(step, batch_size)])
+
+    def name(self, step: int, batch_size: int, row: int) -> dict[str, Any]:
+        """Name a sample of a global batch for people."""
+        dataset, window = self.sampler.sample(step, batch_size)[row]
+        episode, frame = self.datasets[dataset].locate(window)
+        store = self.stores[dataset]
+        return {"row": row, "store": str(store.path), "episode": episode, "frame": frame,
+                "source": store.episodes[episode].source}  # fmt: skip
+
+
+def open_data(config: TrainConfig) -> Data:
+    """Open the stores of a config, choose and split their episodes, and mix them."""
+    stores = [Store(s.path) for s in config.data.stores]
+    chosen = [_episodes(store, s.filter, config) for store, s in zip(stores, config.data.stores, strict=True)]
+    seed = _seed(config.seed, SPLIT)
+    split = [held_out(episodes, config.validation.episodes, seed) for episodes in chosen]
+    episodes = [[e for e in every if e not in away] for every, away in zip(chosen, split, strict=True)]
+    datasets = [windows(store, config, e) for store, e in zip(stores, episodes, strict=True)]
+    weights = [s.weight for s in config.data.stores]
+    sampler = MixtureSampler([len(d) for d in datasets], weights, _seed(config.seed, DATA, 0))
+    return Data(stores, episodes, split, datasets, sampler)
+
+
+def windows(store: Store, config: TrainConfig, episodes: Sequence[int]) -> WindowDataset:
+    """Cut the windows of some episodes as the policy takes them."""
+    return WindowDataset(
+        store,
+        n_obs_steps=config.policy.n_obs_steps,
+        chunk_size=config.policy.chunk_size,
+        past_action_slots=config.policy.past_action_slots,
+        pad_end=config.data.pad_end,
+        cache=config.data.cache,
+        episodes=episodes,
+    )
+
+
+def _episodes(store: Store, filter: str | None, config: TrainConfig) -> list[int]:
+    among = kept(store, filter)
+    return list(among if config.data.shots is None else shots(store, config.data.shots, config.seed, among))
+
+
+def rows_of(config: TrainConfig, ranks: Ranks) -> tuple[int, int]:
+    """Return how many windows of a global batch are a rank's, and how many go through the network at once.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
+    if config.batch_size % ranks.world:
+        raise ValueError(f"batch_size {config.batch_size} is global and must divide by {ranks.world} processes")
+    share = config.batch_size // ranks.world
+    micro = config.microbatch_size or share
+    if share % micro:
+        raise ValueError(
+            f"batch_size {config.batch_size} over {ranks.world} processes is {share} windows each, which do not divide "
+            f"by microbatch_size {micro}"
+        )
+    return share, micro
 
 
 def build_policy(config: TrainConfig, stores: Sequence[Store], episodes: Sequence[Sequence[int]]) -> DitaPolicy:
@@ -111,104 +193,416 @@ def _relative(state: np.ndarray, action: np.ndarray, spec: EmbodimentSpec, confi
 
 
 class Trainer:
-    """Policy, optimizer and EMA of one run."""
+    """Policy, optimizer and EMA of one run, or one rank's part of them."""
 
-    def __init__(self, policy: DitaPolicy, config: TrainConfig) -> None:
-        from diffusers.training_utils import EMAModel  # four seconds to import: only training pays
-
-        self.policy, self.config = policy, config
+    def __init__(self, policy: DitaPolicy, config: TrainConfig, ranks: Ranks = ALONE) -> None:
+        self.policy, self.config, self.ranks = policy, config, ranks
+        self.device = policy.device
         if config.activation_checkpointing:
             policy.model.checkpoint_activations()
+        if config.compile:
+            for block in policy.model.trunk.blocks:
+                block.compile()
+        if config.parallel == "fsdp":
+            shard(policy, layers_of(policy), config.device)
         self.parameters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters, config.optim)
-        self.ema = EMAModel(self.parameters.values(), decay=config.optim.ema_decay)
+        for p in self.parameters.values():  # now, so that a checkpoint finds its places
+            moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+        self.shadow = {n: p.detach().clone() for n, p in self.parameters.items()}  # the EMA
+        self.gradient = None if config.parallel == "fsdp" else flat_gradient(list(self.parameters.values()))
+        self.step_done = 0
         self.loss_hash = ""  # a chain over every step's loss: what "resumed bit-equal" is checked by
+        self.samples: Float64[np.ndarray, "g c"] = np.empty((0, 2))  # of the last step: mean squared error, elements
+        self.saving: Saving | None = None
+        self.failed_saves = 0
 
     def step(self, step: int, batch: Batch) -> dict[str, float]:
-        """Take one optimizer step and return its metrics.
+        """Take one optimizer step with this rank's part of the global batch and return the step's metrics.
 
         Raises:
-            ValueError: loss or gradient is not finite; nothing was applied.
+            NotFinite: loss or gradient is not finite on any rank; nothing was applied on any.
         """
-        config = self.config
+        config, ranks = self.config, self.ranks
+        first = ranks.rank * batch.actions.shape[0]
+        draws = self._draw(step, first, batch.actions.shape[0])
+        counted = ranks.gather(self.policy.counted(batch, draws)[:, None].double().cpu().numpy())[:, 0]  # [g]
+        weights = sample_weights(counted, config.loss_reduction) / draws.times.shape[1]  # [g], of squared errors
+        errors = self._backward(step, batch, draws, weights[first : first + batch.actions.shape[0]], first)
+        local = np.column_stack([errors, *_clipped(batch), np.full(len(errors), self._finite())])
+        every = ranks.gather(local)
+        value = math.fsum(weights * every[:, 0])  # exact: it cannot depend on who added what
+        if not (math.isfinite(value) and every[:, 3].all()):
+            raise self._not_finite(step, value, every)
+        norm = self._reduce_and_clip()
+        if not math.isfinite(norm):
+            raise self._not_finite(step, value, every, norm)
         scale = lr_scale(step, config.steps, config.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * scale
-        clip_rate = _clip_rate(batch)  # on the CPU still
-        batch = augment(batch.to(config.device, non_blocking=True), config.augment, _seed(config.seed, AUGMENT, step))
-        generator = torch.Generator().manual_seed(_seed(config.seed, NOISE, step))
-        with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss = self.policy.loss(batch, config.noise_samples_per_context, generator)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.optim.clip_norm)
-        value, norm_value = float(loss.detach()), float(norm)
-        if not (math.isfinite(value) and math.isfinite(norm_value)):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise ValueError(
-                f"step {step}: loss {value}, gradient norm {norm_value}; the step was not applied. Check the data with "
-                "`dita inspect`, or lower optim.lr; continue from the last checkpoint with --resume"
-            )
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema.step(self.parameters.values())
+        self._follow(step)
+        self.step_done = step + 1
         self.loss_hash = hashlib.sha256(self.loss_hash.encode() + struct.pack("<d", value)).hexdigest()
-        return {"loss": value, "grad_norm": norm_value, "lr": config.optim.lr * scale, "clip_rate": clip_rate}
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.samples = np.column_stack([every[:, 0] / (counted * draws.times.shape[1]), counted])
+        clip_rate = float(every[:, 1].sum() / max(1.0, every[:, 2].sum()))
+        return {"loss": value, "grad_norm": norm, "lr": config.optim.lr * scale, "clip_rate": clip_rate}
 
-    def run(self, run: Path, start: int, batches: Iterator[Batch]) -> None:
-        """Run the loop from step `start` to the end, logging and saving; SIGTERM and Ctrl-C save first."""
-        config = self.config
-        stop = _StopFlag()
-        log = _Log(run, start, config)
-        with stop, log:
+    def _draw(self, step: int, first: int, rows: int) -> Draws:
+        """Draw each window's noise, times and committed slots by its own place in the global batch."""
+        generator, samples = torch.Generator(), self.config.noise_samples_per_context
+        seeds = (_seed(self.config.seed, NOISE, step, first + i) for i in range(rows))
+        return Draws.join([self.policy.draw(1, samples, generator.manual_seed(seed)) for seed in seeds])
+
+    def _backward(
+        self, step: int, batch: Batch, draws: Draws, weights: Float64[np.ndarray, "b"], first: int
+    ) -> Float64[np.ndarray, "b"]:
+        """Leave this rank's part of the gradient where `_reduce_and_clip` finds it; return squared errors."""
+        config, errors = self.config, []
+        micro = config.microbatch_size or len(weights)
+        add = PairwiseSum(self.gradient)
+        seed = _seed(config.seed, AUGMENT, step)
+        scale = torch.from_numpy(weights).float()
+        for begin in range(0, len(weights), micro):
+            part = slice(begin, begin + micro)
+            add.begin()
+            rows = augment(batch.rows(part).to(self.device, non_blocking=True), config.augment, seed, first + begin)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                error = self.policy(rows, draws.rows(part))  # [micro]
+            (error * scale[part].to(self.device)).sum().backward()
+            errors.append(error.detach())
+        add.finish()
+        return torch.cat(errors).double().cpu().numpy()
+
+    def _finite(self) -> bool:
+        if self.gradient is not None:
+            return bool(torch.isfinite(self.gradient).all())
+        return all(bool(torch.isfinite(_local(p.grad)).all()) for p in self.parameters.values() if p.grad is not None)
+
+    def _reduce_and_clip(self) -> float:
+        """Add the gradient over the ranks (FSDP has done so), clip it by its global norm and return that."""
+        if self.gradient is not None:
+            self.ranks.add(self.gradient)
+            norm = torch.linalg.vector_norm(self.gradient)
+            self.gradient.mul_((self.config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            return float(norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.optim.clip_norm)
+        return float(whole(norm))
+
+    def _follow(self, step: int) -> None:
+        """Let the EMA follow: its memory grows to ema_decay over the first steps, as diffusers' EMAModel has it."""
+        decay = min(self.config.optim.ema_decay, (1 + step) / (10 + step)) if step else 0.0
+        with torch.no_grad():
+            shadow, now = ([_local(t) for t in d.values()] for d in (self.shadow, self.parameters))
+            torch._foreach_lerp_(shadow, now, 1 - decay)
+        if self.gradient is not None:
+            self.gradient.zero_()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _not_finite(self, step: int, loss: float, every: np.ndarray, norm: float | None = None) -> NotFinite:
+        share = len(every) // self.ranks.world
+        rows = np.flatnonzero(~np.isfinite(every[:, 0])).tolist()
+        ranks = [r for r in range(self.ranks.world) if not every[r * share, 3]]
+        where = f"samples {rows[:8]} of the global batch" if rows else f"the gradient of rank {ranks}"
+        gradient = "" if norm is None else f", gradient norm {norm}"
+        return NotFinite(
+            f"step {step}: loss {loss}{gradient}, not finite in {where if rows or ranks else 'the sum'}; the step was "
+            "not applied. Check the data with `dita inspect`, or lower optim.lr; continue from the last checkpoint "
+            "with --resume",
+            rows,
+        )
+
+    def run(self, run: Path, start: int, data: Data) -> None:
+        """Run the loop from step `start` to the end, logging, saving and validating; signals save first."""
+        config, ranks = self.config, self.ranks
+        batches = iter(loader(
+            data.datasets, data.sampler, batch_size=config.batch_size, preprocess=self.policy.preprocessor.batch,
+            start_step=start, steps=config.steps, workers=config.data.workers, rank=ranks.rank,
+            world_size=ranks.world, timeout=config.worker_timeout,
+        ))  # fmt: skip
+        flops = flops_per_window(config, self.policy.contract) * config.batch_size if ranks.first else 0.0
+        peak = device_peak(self.device, config) * ranks.world if ranks.first else 1.0
+        spikes = SpikeWatch()
+        with StopFlag() as stop, Log(run, start, config) if ranks.first else _Silent() as log:
             for step in range(start, config.steps):
                 waited = time.perf_counter()
                 batch = next(batches)
                 began = time.perf_counter()
-                metrics = self.step(step, batch)
+                try:
+                    metrics = self.step(step, batch)
+                except NotFinite as e:
+                    if ranks.first:
+                        named = [data.name(step, config.batch_size, row) for row in e.rows or range(config.batch_size)]
+                        write_json(run / f"not_finite_{step:07d}.json", {"step": step, "why": str(e), "samples": named})
+                    raise NotFinite(f"{e}; the samples are named in {run}/not_finite_{step:07d}.json", e.rows) from None
                 ended = time.perf_counter()
-                log.write(step + 1, metrics, data_s=began - waited, update_s=ended - began)
-                if (step + 1) % config.save_every == 0 or step + 1 == config.steps or stop.asked:
-                    self.save(run, step + 1)
-                if stop.asked:
-                    raise KeyboardInterrupt(f"stopped after step {step + 1}; checkpoint saved, continue with --resume")
+                if ranks.first:
+                    metrics |= {"data_s": began - waited, "update_s": ended - began}
+                    metrics["mfu"] = flops / (ended - waited) / peak
+                    log.write(step + 1, metrics, self._by_source(step, data))
+                    if (z := spikes.look(step, metrics["loss"])) is not None:
+                        self._report_spike(run, step, z, spikes, data)
+                asked = int(ranks.gather(np.array([[float(stop.asked or 0)]])).max())  # of any rank
+                last = step + 1 == config.steps or asked
+                checks = config.validation.every and (step + 1) % config.validation.every == 0
+                if (step + 1) % config.save_every == 0 or last or checks:
+                    self.save(run, step + 1, wait=bool(last or checks or not config.async_save), last=bool(last))
+                if checks and not asked:
+                    self._validate(run, step + 1, data, log)
+                if asked:
+                    text = f"stopped after step {step + 1}; checkpoint saved, continue with --resume"
+                    raise (KeyboardInterrupt if asked == 2 else Preempted)(text)
 
-    def save(self, run: Path, step: int) -> None:
-        """Write checkpoints/<step>: the policy (EMA weights) and what exact resumption needs."""
+    def _by_source(self, step: int, data: Data) -> dict[str, tuple[float, float]]:
+        """Return (sum, weight) of what is logged per store and embodiment: loss per element, share of samples."""
+        sources, (errors, counted) = data.sources(step, self.config.batch_size), self.samples.T
+        groups: dict[str, tuple[float, float]] = {}
+        for i, store in enumerate(data.stores):
+            mine = (sources == i) & (counted > 0)
+            groups[f"mixture/{store.name}"] = (float((sources == i).sum()), float(len(sources)))
+            loss = (float((errors * counted)[mine].sum()), float(counted[mine].sum()))
+            groups[f"loss/{store.name}"] = loss
+            before = groups.get(f"loss/{store.spec.name}", (0.0, 0.0))
+            groups[f"loss/{store.spec.name}"] = (before[0] + loss[0], before[1] + loss[1])
+        return groups
+
+    def _report_spike(self, run: Path, step: int, z: float, spikes: SpikeWatch, data: Data) -> None:
+        worst = np.argsort(-np.nan_to_num(self.samples[:, 0]))[:8].tolist()
+        named = [data.name(step, self.config.batch_size, row) | {"loss": float(self.samples[row, 0])} for row in worst]
+        values = {"step": step, "z": z, "recent": list(spikes.recent), "largest": named}
+        path = run / f"spike_{step:07d}.json"
+        write_json(path, values)
+        warn(f"step {step}: loss {spikes.recent[-1][1]:.4g} is a spike (robust z {z:.1f}); see {path}")
+
+    def _validate(self, run: Path, step: int, data: Data, log: Any) -> None:
+        """Validate the checkpoint just written, on rank 0 while the others wait."""
+        threads = torch.get_num_threads()
+
+        def check() -> None:
+            folder = run / "checkpoints" / f"{step:07d}"
+            kept_away = [
+                windows(store, self.config, episodes) if episodes else None
+                for store, episodes in zip(data.stores, data.held_out, strict=True)
+            ]
+            values = validate(load_policy(folder, str(self.device)), self.config, run, step, kept_away)
+            log.note("validation", step, values)
+
+        self.ranks.on_first(check)
+        torch.set_num_threads(threads)
+        self._prune(run)
+
+    def save(self, run: Path, step: int, wait: bool = True, last: bool = False) -> None:
+        """Write checkpoints/<step>: the policy (EMA weights) and what exact resumption needs.
+
+        wait: come back when it is there; else a thread writes, and the next save asks how that went. A storage that
+        fails or is too slow costs this checkpoint and a warning, three times in a row the run. last: none follows, so
+        one failure is enough.
+
+        Raises:
+            NoSpace: the disk is full.
+            OSError: three saves failed, or the last one.
+            ValueError: a weight is not finite.
+        """
+        if self.saving is not None:
+            if not wait and self.ranks.any(self.saving.busy):
+                late = time.monotonic() - self.saving.began
+                return self._failed(OSError(f"{self.saving.folder} is being written for {late:.0f} s; step {step} is "
+                                            "not saved"))  # fmt: skip
+            self._settle(run, last=False)
+        finite = all(bool(torch.isfinite(_local(p)).all()) for p in (*self.parameters.values(), *self.shadow.values()))
+        if self.ranks.any(not finite):
+            raise ValueError(f"step {step}: weights are not finite; no checkpoint is written, older ones are good")
         folder = run / "checkpoints" / f"{step:07d}"
-        shadow = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
-        save_policy(self.policy, folder / "policy", self.policy.state_dict() | shadow)
-        tensors = {f"model.{n}": t for n, t in self.policy.state_dict().items()}
-        tensors |= {f"ema.{n}": t for n, t in shadow.items()}
-        for name, p in self.parameters.items():
-            tensors |= {f"optimizer.{name}.{k}": v for k, v in self.optimizer.state[p].items()}
-        state = {"step": step, "ema_step": self.ema.optimization_step, "loss_hash": self.loss_hash}
-        save_train_state(folder / "train", tensors, state)
-        for old in sorted((run / "checkpoints").glob("[0-9]*"))[: -self.config.keep_last]:
-            for path in sorted(old.rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
-            old.rmdir()
+        exported = {n: whole(t) for n, t in (self.policy.state_dict() | self.shadow).items()}
+        if not self.ranks.first:
+            exported.clear()
+        elif not wait:
+            exported = {n: t.clone() for n, t in exported.items()}  # training goes on while they are written
+        state = {
+            "step": step, "loss_hash": self.loss_hash, "contract": self.policy.contract.root_hash,
+            "world_size": self.ranks.world, "microbatch_size": self.config.microbatch_size,
+        }  # fmt: skip
+        self.saving = Saving(
+            folder / "train", self._tensors(), state, self.ranks,
+            lambda: save_policy(self.policy, folder / "policy", exported),
+        )  # fmt: skip
+        if wait:
+            self._settle(run, last)
+
+    def _settle(self, run: Path, last: bool) -> None:
+        """Wait for the checkpoint that is being written; count it as failed if it is not there."""
+        saving, self.saving = self.saving, None
+        assert saving is not None
+        try:
+            saving.wait()
+        except NoSpace:
+            raise
+        except OSError as e:
+            if last:
+                raise
+            return self._failed(e)
+        spent = time.monotonic() - saving.began
+        if spent > self.config.save_timeout and self.ranks.first:
+            allowed = self.config.save_timeout
+            warn(f"{saving.folder} took {spent:.0f} s to write: the storage is slow (save_timeout {allowed:g} s)")
+        self.failed_saves = 0
+        self._prune(run)
+
+    def _prune(self, run: Path) -> None:
+        """Delete the checkpoints that are neither among the last nor, by validation so far, among the best."""
+        if self.ranks.first:
+            best = best_steps(run, self.config.keep_best)
+            for old in whole_checkpoints(run)[: -self.config.keep_last]:
+                if int(old.name) not in best:
+                    remove_checkpoint(old)
+
+    def _failed(self, error: OSError) -> None:
+        self.failed_saves += 1
+        if self.failed_saves >= MOST_FAILED_SAVES:
+            raise OSError(f"{error}; the third checkpoint in a row that was not saved: stopping") from None
+        if self.ranks.first:
+            warn(f"{error}; training goes on to the next checkpoint ({self.failed_saves} of {MOST_FAILED_SAVES})")
+
+    def resume(self, run: Path) -> int:
+        """Load the newest good checkpoint of a run, if there is one, and return the step to continue from."""
+        name = self.ranks.on_first(lambda: newest_good(run))
+        return 0 if name is None else self.load(run / "checkpoints" / name / "train")
 
     def load(self, folder: Path) -> int:
-        """Restore weights, moments and EMA, and return the step to continue from."""
-        tensors, state = load_train_state(folder)
-        self.policy.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-        for i, (name, p) in enumerate(self.parameters.items()):
-            self.ema.shadow_params[i] = tensors[f"ema.{name}"].to(p.device)
-            prefix = f"optimizer.{name}."
-            self.optimizer.state[p] = {
-                n.removeprefix(prefix): t if n.endswith(".step") else t.to(p.device)
-                for n, t in tensors.items()
-                if n.startswith(prefix)
-            }
-        self.ema.optimization_step = state["ema_step"]
+        """Restore weights, moments and EMA, and return the step to continue from.
+
+        Raises:
+            ValueError: the checkpoint is of another policy or of other statistics.
+        """
+        state = restore(folder, self._tensors(), self.ranks)
+        contract = self.policy.contract.root_hash
+        if state.get("contract", contract) != contract:
+            raise ValueError(
+                f"{folder}: the embodiments or statistics differ from those of the data now (contract "
+                f"{state['contract'][:12]}, now {contract[:12]}): the stores changed; use another run="
+            )
+        self.step_done = state["step"]
+        for p in self.parameters.values():
+            self.optimizer.state[p]["step"] = torch.tensor(float(self.step_done))
         self.loss_hash = state["loss_hash"]
-        return state["step"]
+        return self.step_done
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return everything that a step changes, by name; a rank's shards where there are shards."""
+        tensors = {f"model.{n}": t.detach() for n, t in self.policy.state_dict().items()}
+        tensors |= {f"ema.{n}": t for n, t in self.shadow.items()}
+        for name, p in self.parameters.items():
+            state = self.optimizer.state[p]
+            tensors |= {f"optimizer.{name}.{k}": state[k] for k in ("exp_avg", "exp_avg_sq")}
+        return tensors
 
 
-def _clip_rate(batch: Batch) -> float:
-    """Return the share of real targets outside [-1, 1], which sampling with clip_sample=1 cannot reach."""
+class NotFinite(ValueError):
+    """A loss or gradient is not finite; `rows` are the samples of the global batch whose loss is not."""
+
+    def __init__(self, text: str, rows: Sequence[int]) -> None:
+        super().__init__(text)
+        self.rows = list(rows)
+
+
+class PairwiseSum:
+    """Adds the gradients of microbatches in pairs of pairs: ((a + b) + (c + d)) + ...
+
+    One rank with four microbatches then adds in the same order as two ranks with two each. The price is a copy of the
+    gradient for each doubling beyond two. FSDP keeps its own sum.
+    """
+
+    def __init__(self, running: Tensor | None) -> None:
+        self.running = running  # autograd adds a pair into it
+        self.done = 0
+        self.waiting: list[tuple[int, Tensor]] = []  # (number of pairs in it, sum)
+
+    def begin(self) -> None:
+        """Make room for the next microbatch's gradient, which autograd adds to `running`."""
+        if self.running is not None and self.done and self.done % 2 == 0:
+            self._put_aside()
+        self.done += 1
+
+    def finish(self) -> None:
+        """Leave the sum of all of them in `running`."""
+        if self.running is None or not self.waiting:
+            return
+        self._put_aside()
+        while len(self.waiting) > 1:
+            (_, later), (pairs, earlier) = self.waiting.pop(), self.waiting.pop()
+            self.waiting.append((pairs, earlier.add_(later)))
+        self.running.copy_(self.waiting.pop()[1])
+
+    def _put_aside(self) -> None:
+        assert self.running is not None
+        pairs, total = 1, self.running.clone()
+        self.running.zero_()
+        while self.waiting and self.waiting[-1][0] == pairs:
+            total = self.waiting.pop()[1].add_(total)
+            pairs *= 2
+        self.waiting.append((pairs, total))
+
+
+class _Silent:
+    """The log of ranks that have none."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Return one vector whose parts are the parameters' gradients: added over ranks, and clipped, at once.
+
+    torch's DistributedDataParallel orders its buckets anew after the first step of a process, and with them the order
+    of sums over three or more ranks: a resumed run would differ from one that never stopped.
+    """
+    gradient = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    offset = 0
+    for p in parameters:
+        p.grad = gradient[offset : offset + p.numel()].view_as(p)
+        offset += p.numel()
+    return gradient
+
+
+def layers_of(policy: DitaPolicy) -> list[nn.Module]:
+    """Return the layers that FSDP shards one by one: those that are called as a whole."""
+    lists = [m for m in policy.modules() if isinstance(m, nn.ModuleList)]
+    apart = getattr(policy.model.language, "blocks", None)  # the byte encoder calls parts of its blocks
+    return [layer for layers in lists if layers is not apart for layer in layers]
+
+
+def sample_weights(counted: Float64[np.ndarray, "g"], reduction: str) -> Float64[np.ndarray, "g"]:
+    """Return the weight of each sample's squared errors in the loss, given how many elements it has.
+
+    token: every element alike; sample: every sample alike; square: between them, a sample of l elements weighs
+    sqrt(l) (InternVL 2.5, arXiv 2412.05271, sec. 3.3).
+    """
+    power = {"token": 0.0, "square": 0.5, "sample": 1.0}[reduction]
+    real = counted > 0
+    weights = np.where(real, np.maximum(counted, 1.0) ** -power, 0.0)
+    return weights / max(math.fsum(weights * counted), 1e-300)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves no checkpoint rather than half of one."""
+    (folder / "train" / "manifest.json").unlink()
+    shutil.rmtree(folder)
+
+
+def _local(tensor: Any) -> Tensor:
+    """Return this rank's part of a sharded tensor; an unsharded one itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _clipped(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Count targets outside [-1, 1], which sampling with clip_sample=1 cannot reach, and all real ones, per window."""
     outside = (batch.actions.abs() > 1 + 1e-5) & batch.action_valid
-    return float(outside.sum() / batch.action_valid.sum().clamp(min=1))
+    return outside.flatten(1).sum(1).cpu().numpy(), batch.action_valid.flatten(1).sum(1).cpu().numpy()
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -241,186 +635,5 @@ def lr_scale(step: int, steps: int, config: OptimConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@contextmanager
-def run_folder(run: Path, config: TrainConfig, exist: Exist) -> Iterator[None]:
-    """Claim a run folder for this process and write or compare its config.
-
-    Raises:
-        FileExistsError: it holds a run (use --resume or --overwrite), or a live process holds it.
-        ValueError: resumed with another config; the differences are listed.
-    """
-    if exist == "error" and (run / "config.json").exists():
-        raise FileExistsError(f"{run} holds a run already; continue it with --resume or start over with --overwrite")
-    run.mkdir(parents=True, exist_ok=True)
-    lock = run / "lock"
-    _take_lock(lock)
-    try:
-        if exist == "resume" and (run / "config.json").exists():
-            _refuse_drift(read_json(run / "config.json"), config, run)
-        elif exist == "overwrite":
-            for path in sorted((run / "checkpoints").rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
-            (run / "log.jsonl").unlink(missing_ok=True)
-        write_json(run / "config.json", _described(config))
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-
-
-def _take_lock(lock: Path) -> None:
-    try:
-        fd = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        pid = int(lock.read_text() or 0)
-        if pid and Path(f"/proc/{pid}").exists():
-            raise FileExistsError(f"process {pid} is training in {lock.parent}; stop it or use another run=") from None
-        lock.unlink()  # its holder was killed
-        return _take_lock(lock)
-    with os.fdopen(fd, "w") as file:
-        file.write(str(os.getpid()))
-
-
-def _refuse_drift(saved: dict[str, Any], config: TrainConfig, run: Path) -> None:
-    now = json.loads(json.dumps(_described(config)))
-    changed = [f"{k}: was {a!r}, now {b!r}" for k, a, b in _flat_diff(saved, now) if k not in MAY_CHANGE_ON_RESUME]
-    if changed:
-        raise ValueError(f"{run} was started with another config: {'; '.join(changed[:8])}; use another run=")
-
-
-def _described(config: TrainConfig) -> dict[str, Any]:
-    """Return the config with the content of the filters it names: an edited one is another run."""
-    hashes = {s.filter: filter_hash(s.filter) for s in config.data.stores if s.filter is not None}
-    return to_dict(config) | ({"filters_sha256": hashes} if hashes else {})
-
-
-def _flat_diff(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted(a.keys() | b.keys())
-        return [d for k in keys for d in _flat_diff(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
-    return [] if a == b else [(path, a, b)]
-
-
-def _has_checkpoint(run: Path) -> bool:
-    return any((run / "checkpoints").glob("[0-9]*/train/manifest.json"))
-
-
-def _episodes(store: Store, filter: str | None, config: TrainConfig) -> list[int]:
-    among = kept(store, filter)
-    return list(among if config.data.shots is None else shots(store, config.data.shots, config.seed, among))
-
-
-def _batches(
-    config: TrainConfig,
-    policy: DitaPolicy,
-    stores: Sequence[Store],
-    episodes: Sequence[Sequence[int]],
-    start: int,
-) -> Iterator[Batch]:
-    datasets = [
-        WindowDataset(
-            store,
-            n_obs_steps=config.policy.n_obs_steps,
-            chunk_size=config.policy.chunk_size,
-            past_action_slots=config.policy.past_action_slots,
-            pad_end=config.data.pad_end,
-            cache=config.data.cache,
-            episodes=chosen,
-        )
-        for store, chosen in zip(stores, episodes, strict=True)
-    ]
-    weights = [s.weight for s in config.data.stores]
-    sampler = MixtureSampler([len(d) for d in datasets], weights, _seed(config.seed, DATA, 0))
-    return iter(
-        loader(
-            datasets,
-            sampler,
-            batch_size=config.batch_size,
-            preprocess=policy.preprocessor.batch,
-            start_step=start,
-            steps=config.steps,
-            workers=config.data.workers,
-        )
-    )
-
-
-def _seed(seed: int, purpose: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, purpose, step]).generate_state(1, np.uint64)[0] >> 1)
-
-
-class _StopFlag:
-    """Turns SIGTERM, SIGUSR1 and the first Ctrl-C into a checkpoint at the end of the running step."""
-
-    asked = False
-
-    def __enter__(self) -> None:
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-class _Log:
-    """One line per log_every steps: progress bar, JSONL and TensorBoard."""
-
-    def __init__(self, run: Path, start: int, config: TrainConfig) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.config = config
-        _forget_after(run / "log.jsonl", start)
-        self.file = (run / "log.jsonl").open("a")
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start)
-        self.bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[line]}"),
-        )
-        self.task = self.bar.add_task("train", total=config.steps, completed=start, line="")
-        self.sums: dict[str, float] = {}
-        self.count = 0
-
-    def __enter__(self) -> None:
-        self.bar.start()
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-        self.board.close()
-        self.file.close()
-
-    def write(self, step: int, metrics: Mapping[str, float], data_s: float, update_s: float) -> None:
-        for key, value in (dict(metrics) | {"data_s": data_s, "update_s": update_s}).items():
-            self.sums[key] = self.sums.get(key, 0.0) + value
-        self.count += 1
-        self.bar.advance(self.task)
-        if step % self.config.log_every and step != self.config.steps:
-            return
-        mean = {key: value / self.count for key, value in self.sums.items()}
-        mean["lr"] = metrics["lr"]
-        mean["samples_per_s"] = self.config.batch_size / (mean["data_s"] + mean["update_s"])
-        self.file.write(json.dumps({"step": step, "loss_exact": metrics["loss"], **mean}) + "\n")
-        self.file.flush()
-        for key, value in mean.items():
-            self.board.add_scalar(f"train/{key}", value, step)
-        share = mean["data_s"] / (mean["data_s"] + mean["update_s"])
-        speed = f"{mean['samples_per_s']:.0f} samples/s  data {share:.0%}"
-        self.bar.update(self.task, line=f"loss {mean['loss']:.4f}  lr {mean['lr']:.1e}  {speed}")
-        self.sums, self.count = {}, 0
-
-
-def _forget_after(log: Path, step: int) -> None:
-    """Drop the lines of steps that will be taken again."""
-    if log.exists():
-        lines = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-
-
-def parameter_count(policy: DitaPolicy) -> int:
-    """Return the number of trainable parameters."""
-    return sum(p.numel() for p in policy.parameters() if p.requires_grad)
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

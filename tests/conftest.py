@@ -61,7 +61,8 @@ def policy_config(**changes) -> PolicyConfig:
         "name": "test", "dim": 64, "layers": 2, "heads": 2, "ffn_dim": 96, "n_obs_steps": 2, "chunk_size": 6,
         "n_action_steps": 3, "past_action_slots": 0, "max_committed_slots": 0,
         "action_dim": 7, "state_dim": 12, "cameras": 1,
-        "state_tokens": True, "embodiment_token": False, "action_embedding": "linear", "action_attention": "causal",
+        "state_tokens": True, "embodiment_token": False, "embodiment_dropout": 0.0,
+        "action_embedding": "linear", "action_attention": "causal",
         "vision": vision, "language": LanguageConfig("bytes", 8, 1, None),
     }  # fmt: skip
     return PolicyConfig(**(values | changes))

@@ -38,6 +38,8 @@ def test_every_row_runs_at_its_quick_size(tmp_path) -> None:
     assert all(case["detail"]["gradient_error"] <= 1e-6 for case in train[:2])
     (run,) = json.loads((tmp_path / "eval_throughput.quick.json").read_text())["cases"][0]["detail"]["runs"]
     assert run["identical"] and run["wall_s"] > 0 and run["policy_s"] > 0 and run["simulation_core_s"] > 0
+    scaling = json.loads((tmp_path / "ddp_scaling.quick.json").read_text())["cases"][0]["detail"]
+    assert scaling["two_hash"] == scaling["one_hash"] and len(scaling["one_hash"]) == 64
 
 
 def test_no_wall_time_ratio_while_others_use_the_machine(monkeypatch) -> None:
@@ -68,7 +70,7 @@ def test_the_table_says_met_missed_and_not_measured(tmp_path) -> None:
     # a quick run never counts
     assert (
         "Not yet measured: tick_stream, tick_gpu, train_multinoise, loader, memory, eval_throughput, startup, "
-        "node_latency, stitching." in table
+        "node_latency, stitching, ddp_scaling." in table
     )
 
 

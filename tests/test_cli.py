@@ -72,7 +72,18 @@ def test_unknown_flags_are_refused(capsys) -> None:
 def test_every_verb_has_help_with_examples() -> None:
     parser = build_parser()
     verbs = next(a for a in parser._actions if a.dest == "verb").choices
-    assert set(verbs) >= {"collect", "convert", "inspect", "train", "eval", "robot", "report", "env", "demo"}  # pyright: ignore
+    assert set(verbs) >= {
+        "collect",
+        "convert",
+        "inspect",
+        "train",
+        "finetune",
+        "eval",
+        "robot",
+        "report",
+        "env",
+        "demo",
+    }  # pyright: ignore
     for name, sub in verbs.items():  # pyright: ignore
         assert f"dita {name}" in sub.format_help().split("examples:")[1]
 
@@ -111,7 +122,7 @@ def test_libraries_stay_in_their_rooms() -> None:
         "h5py": {"dita/datasets/convert/"}, "pyarrow": {"dita/datasets/convert/"},
         "numcodecs": {"dita/datasets/convert/"}, "rosbags": {"dita/datasets/convert/", "robot_io/"},
         "av": {"dita/datasets/convert/", "dita/envs/video.py", "dita/report.py"},
-        "ray": {"dita/datasets/convert/run.py"},
+        "ray": {"dita/datasets/convert/run.py"}, "peft": {"dita/lora.py"},
         "obstore": {"dita/datasets/files.py"},
         "cyclonedds": {"robot_io/bus_dds.py"}, "rclpy": {"robot_io/bus_rclpy.py", "robot_io/node_rclpy.py"},
         "rerun": {"dita/datasets/view.py"},

@@ -26,7 +26,7 @@ from dita.checkpoint import load_policy, save_policy
 from dita.cli import compose
 from dita.config import TrainConfig
 from dita.embodiment import embodiment_from_dict
-from dita.policy.diffusion import Diffusion, masked_mse
+from dita.policy.diffusion import Diffusion
 from dita.policy.model import DitaModel, timestep_embedding
 from dita.policy.policy import Committed
 from dita.policy.transformer import Trunk, block_mask, causal_mask
@@ -345,9 +345,12 @@ def test_timestep_embedding_values() -> None:
     np.testing.assert_allclose(tau[1], np.concatenate([np.sin(3 * w), np.cos(3 * w)]), rtol=1e-6)
 
 
-def test_masked_mse_is_the_mean_over_true_entries() -> None:
-    mask = torch.tensor([True, False, True])
-    assert float(masked_mse(torch.tensor([1.0, 9.0, 3.0]), torch.zeros(3), mask)) == 5.0
+def test_errors_are_sums_over_true_entries_of_each_window() -> None:
+    diffusion = Diffusion(diffusion_config(objective="behaviour_cloning"))
+    actions, mask = torch.zeros(2, 1, 3), torch.tensor([[[True, False, True]], [[False, True, False]]])
+    out = torch.tensor([1.0, 9.0, 3.0]).expand(2, 1, 1, 3)
+    nothing = torch.zeros(2, 1)
+    assert diffusion.errors(lambda x, t: out, actions, mask, nothing, out).tolist() == [10.0, 81.0]
 
 
 def test_block_mask_keeps_copies_apart() -> None:

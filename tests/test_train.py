@@ -17,7 +17,15 @@ import torch
 from conftest import diffusion_config, embodiment_dict, field, policy_config
 
 from dita.checkpoint import last_checkpoint, load_policy, load_train_state
-from dita.config import AugmentConfig, DataConfig, OptimConfig, PreprocessConfig, StoreConfig, TrainConfig
+from dita.config import (
+    AugmentConfig,
+    DataConfig,
+    OptimConfig,
+    PreprocessConfig,
+    StoreConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from dita.datasets.store import StoreWriter
 from dita.embodiment import embodiment_from_dict
 from dita.train import lr_scale, make_optimizer, train
@@ -49,14 +57,17 @@ def store(tmp_path_factory) -> Path:
 
 def config_for(store: Path, run: Path, **changes) -> TrainConfig:
     values = {
-        "run": str(run), "seed": 0, "steps": 4, "batch_size": 4, "noise_samples_per_context": 2, "device": "cpu",
-        "precision": "fp32", "activation_checkpointing": False, "threads": 1, "log_every": 1, "save_every": 2,
-        "keep_last": 2,
+        "run": str(run), "seed": 0, "steps": 4, "batch_size": 4, "microbatch_size": None,
+        "noise_samples_per_context": 2, "loss_reduction": "token", "device": "cpu", "parallel": "ddp",
+        "precision": "fp32", "activation_checkpointing": False, "compile": False, "threads": 1, "log_every": 1,
+        "save_every": 2, "async_save": False, "keep_last": 2, "keep_best": 0, "collective_timeout": 60.0,
+        "save_timeout": 60.0, "worker_timeout": 60.0, "peak_tflops": 1.0, "wandb": None,
         "policy": policy_config(), "diffusion": diffusion_config(),
         "preprocess": PreprocessConfig("min_max", "squash", "stored"),
         "data": DataConfig((StoreConfig(str(store), 1.0, None),), "mask", "ram", 0, None),
         "augment": AugmentConfig(2, 0.1, 0.1, 0.1, 0.1, 0.05),
         "optim": OptimConfig(1e-3, 0.1, 0.01, (0.9, 0.95), 2, "cosine", 1.0, 0.99),
+        "validation": ValidationConfig(0, 0.0, 8, None),
     }  # fmt: skip
     return TrainConfig(**(values | changes))
 
@@ -128,14 +139,14 @@ def test_killed_training_continues(store, tmp_path) -> None:
     for number in (signal.SIGKILL, signal.SIGTERM):
         known = set((run / "checkpoints").glob("[0-9]*")) if run.exists() else set()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
             whole = {p.parent.parent for p in (run / "checkpoints").glob("[0-9]*/train/manifest.json")}
             if len(whole - known) >= 2:
                 break
             time.sleep(0.02)
         os.kill(process.pid, number)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=300)
         assert process.returncode == -9 or b"continue with --resume" in error
         load_policy(run)
     assert int(last_checkpoint(run).name) == len(losses(run)) >= 4
@@ -161,9 +172,15 @@ def test_refusals(store, tmp_path) -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_step(store, tmp_path, monkeypatch) -> None:
     from dita.policy.policy import DitaPolicy
 
-    monkeypatch.setattr(DitaPolicy, "loss", lambda self, *a: self.model.head.weight.sum() * float("nan"))
-    with pytest.raises(ValueError, match="step 0: loss nan"):
+    def forward(self, batch, draws):
+        good = self.model.head.weight.sum() * torch.ones(len(batch.actions))
+        return good * torch.tensor([1.0, float("nan"), 1.0, 1.0])
+
+    monkeypatch.setattr(DitaPolicy, "forward", forward)
+    with pytest.raises(ValueError, match=r"step 0: loss nan.* samples \[1\] of the global batch.*not_finite_0000000"):
         train(config_for(store, tmp_path / "run"))
+    named = json.loads((tmp_path / "run" / "not_finite_0000000.json").read_text())["samples"]
+    assert len(named) == 1 and named[0]["store"] == str(store) and 0 <= named[0]["episode"] < 4
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

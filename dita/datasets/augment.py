@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -23,22 +24,26 @@ from dita.config import AugmentConfig
 ASPECT = 0.1  # a crop's width over height is within 1 / (1 + ASPECT) .. 1 + ASPECT
 
 
-def augment(batch: Batch, config: AugmentConfig, seed: int) -> Batch:
-    """Shift, crop and recolour the images of a batch; a pure function of (batch, config, seed)."""
+def augment(batch: Batch, config: AugmentConfig, seed: int, first: int = 0) -> Batch:
+    """Shift, crop and recolour the images of a batch; a pure function of (batch, config, seed).
+
+    first: number of its first window in a larger batch; each window draws by its own number, however that is cut.
+    """
     if not any(dataclasses.astuple(config)):
         return batch
     images = batch.observation.images.transpose(1, 2)  # [b v t c h w]
-    generator = torch.Generator().manual_seed(seed)
     b, v = images.shape[:2]
+    draws = iter(_draws(seed, range(first, first + b), v).unbind(-1))  # of numbers in 0..1, each [b v]
 
     def draw(low: float, high: float) -> Float[Tensor, "b v"]:
-        return (low + (high - low) * torch.rand(b, v, generator=generator)).to(images.device)
+        return (low + (high - low) * next(draws)).to(images.device)
 
     def each(values: Float[Tensor, "b v"]) -> Float[Tensor, "b v 1 1 1 1"]:
         return values[:, :, None, None, None, None]
 
     if config.shift:
-        images = _shift(images, torch.randint(2 * config.shift + 1, (b, v, 2), generator=generator) - config.shift)
+        offsets = torch.stack([next(draws), next(draws)], -1) * (2 * config.shift + 1)  # [b v 2]
+        images = _shift(images, offsets.long().clamp(max=2 * config.shift) - config.shift)
     x = images.float() / 255
     if config.crop:
         x = _crop(x, draw(1 - config.crop, 1), draw(-1, 1), draw(0, 1), draw(0, 1))
@@ -52,6 +57,16 @@ def augment(batch: Batch, config: AugmentConfig, seed: int) -> Batch:
         x = _recolour(x, factor, each(draw(-config.hue, config.hue))[:, :, :, 0])
     images = (x * 255).round().byte().transpose(1, 2)
     return dataclasses.replace(batch, observation=dataclasses.replace(batch.observation, images=images))
+
+
+def _draws(seed: int, windows: range, views: int) -> Float[Tensor, "b v 10"]:
+    """Return uniform numbers of each window: two for the shift, four for the crop, four for the colours."""
+    generator = torch.Generator()
+    rows = []
+    for window in windows:
+        own = np.random.SeedSequence([seed, window]).generate_state(1, np.uint64)[0]
+        rows.append(torch.rand(views, 10, generator=generator.manual_seed(int(own >> np.uint64(1)))))
+    return torch.stack(rows)
 
 
 def _shift(images: Tensor, offsets: Tensor) -> Tensor:

@@ -94,6 +94,11 @@ class WindowDataset:
             step_valid=step_valid,
         )
 
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return the (episode, frame) that window `index` stands at."""
+        place = bisect_right(self._ends, index)
+        return self.episodes[place], index - self._ends[place] + self.store.length(self.episodes[place])
+
     def _read(self, episode: int, camera: str, frames: list[int]) -> UInt8[np.ndarray, "t h w 3"]:
         if self._cache is not None:
             return self._cache.read(episode, camera, frames)

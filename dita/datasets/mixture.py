@@ -6,7 +6,14 @@ window of a dataset comes once per epoch of that dataset, in an order of its own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +28,8 @@ from dita.types import EmbodimentSpec, Window
 PERIOD = 2**16  # draws after which the order of datasets repeats; weights are met to 1 / PERIOD
 ROUNDS = 6
 ORDER = 0x4F524445  # purpose of the random numbers of the order of datasets
-WORKER_TIMEOUT = 300  # [s]; a worker killed for memory would otherwise hang the run
+WORKER_TIMEOUT = 300.0  # [s] for a batch
+LOOK = 2.0  # [s] between looks at workers while one is waited for
 
 
 class MixtureSampler:
@@ -120,7 +128,8 @@ def loader(
     workers: int,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader:
+    timeout: float = WORKER_TIMEOUT,
+) -> Watched:
     """Load the batches of steps start_step..steps-1, in order; the same ones for any number of workers.
 
     Args:
@@ -133,14 +142,15 @@ def loader(
         workers: spawned processes; 0 loads in this one.
         rank: of this process.
         world_size: number of ranks.
+        timeout: of a batch [s].
 
     Raises:
         ValueError: `batch_size` does not divide by `world_size`.
         StoreError: a frame is missing or damaged, once its batch is asked for.
     """
     batches = _Batches(datasets, sampler, batch_size, preprocess, rank, world_size)
-    many: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True, "timeout": WORKER_TIMEOUT}
-    return DataLoader(
+    many: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True, "timeout": LOOK}
+    batches = DataLoader(
         batches,
         batch_size=None,
         sampler=range(start_step, steps),
@@ -148,6 +158,76 @@ def loader(
         pin_memory=torch.cuda.is_available(),
         **(many if workers else {}),
     )
+    return Watched(batches, start_step, timeout)
+
+
+class Watched:
+    """The batches of a DataLoader, with an error in one line for a worker that is killed, hung or fails."""
+
+    def __init__(self, batches: DataLoader, first_step: int, timeout: float) -> None:
+        self._batches, self._first, self._timeout = batches, first_step, timeout
+        self._workers: list[BaseProcess] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Raises RuntimeError naming the worker's process and the step it should have brought; or its own error."""
+        others = set(active_children())
+        batches = iter(self._batches)
+        self._workers += [p for p in active_children() if p not in others]
+        workers = self._workers
+        for step in itertools.count(self._first):
+            stopped, began = set(), time.monotonic()
+            while True:
+                try:
+                    batch = next(batches)
+                    break
+                except StopIteration:
+                    return
+                except RuntimeError as e:
+                    # torch's timeout: nothing is lost, the same batch may be asked for again
+                    late = time.monotonic() - began
+                    if "timed out" not in str(e) or late > self._timeout:
+                        raise RuntimeError(f"batch of step {step}: {_last_line(e)}; {_states(workers)}") from None
+                    seen = {p.pid for p in workers if _state(p) in "Tt"}
+                    if seen & stopped:
+                        what = _states(workers)
+                        _end(workers)
+                        raise RuntimeError(
+                            f"batch of step {step} did not come for {late:.0f} s: {what}; a stopped worker "
+                            "was suspended from outside (kill -CONT) or is being debugged"
+                        ) from None
+                    stopped = seen
+                except Exception as e:
+                    raise type(e)(_last_line(e)) from None
+            yield batch
+
+
+def _last_line(error: Exception) -> str:
+    """Return what a worker's error says, without the traceback that torch puts into its text."""
+    lines = str(error).strip().splitlines()
+    wrapped = lines and lines[0].startswith("Caught ")
+    return lines[-1].removeprefix(f"{type(error).__name__}: ") if wrapped else str(error)
+
+
+def _end(workers: Sequence[BaseProcess]) -> None:
+    """Kill workers: a stopped one would not hear a kinder word, and Python waits for it at its own end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at this
+    for worker in workers:
+        worker.kill()
+        worker.join()
+
+
+def _states(workers: Sequence[BaseProcess]) -> str:
+    words = {"T": "stopped", "t": "stopped", "Z": "dead", "": "dead", "D": "waiting for the disk"}
+    found = [f"{p.pid} {words.get(_state(p), 'alive')}" for p in workers]
+    return f"loader workers (process ids): {', '.join(found)}"
+
+
+def _state(process: BaseProcess) -> str:
+    try:
+        return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 class _Batches(Dataset):

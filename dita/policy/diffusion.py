@@ -64,27 +64,25 @@ class Diffusion(nn.Module):
         table = train_schedule(config) if alphas_cumprod is None else alphas_cumprod
         self.register_buffer("alphas_cumprod", table)
 
-    def loss(
+    def errors(
         self,
         predict: Predict,
         actions: Float[Tensor, "b n a"],
         valid: Bool[Tensor, "b n a"],
-        samples: int,
-        generator: torch.Generator,
-    ) -> Float[Tensor, ""]:
-        """Return the mean squared error over valid slots and dims, `samples` noise draws per context.
+        t: Float[Tensor, "b k"],
+        noise: Float[Tensor, "b k n a"],
+    ) -> Float[Tensor, "b"]:
+        """Return each window's sum of squared errors over valid slots and dims and all k noise samples.
 
         predict gets actions that are zero wherever `valid` is False.
         """
-        x0 = actions[:, None].expand(-1, samples, -1, -1)  # [b k n a]
+        x0 = actions[:, None].expand(-1, t.shape[1], -1, -1)  # [b k n a]
         mask = valid[:, None].expand_as(x0)  # [b k n a]
         if self.config.objective == "behaviour_cloning":
-            t = torch.zeros(x0.shape[:2], device=x0.device)
-            return masked_mse(predict(torch.zeros_like(x0), t), x0, mask)
-        t = self.draw_times((x0.shape[0], samples), generator).to(x0.device)  # [b k]
-        noise = torch.randn(x0.shape, generator=generator).to(x0.device)  # [b k n a]
-        noisy = self.add_noise(x0, noise, t) * mask
-        return masked_mse(predict(noisy, t), self.target(x0, noise, t), mask)
+            out, target = predict(torch.zeros_like(x0), t), x0
+        else:
+            out, target = predict(self.add_noise(x0, noise, t) * mask, t), self.target(x0, noise, t)
+        return ((out.float() - target.float()) ** 2 * mask).flatten(1).sum(1)
 
     def draw_times(self, shape: tuple[int, int], generator: torch.Generator) -> Float[Tensor, "b k"]:
         """Draw training times: uniform, whole numbers for diffusion and real ones for flow matching."""
@@ -242,8 +240,3 @@ def train_schedule(config: DiffusionConfig) -> Float[Tensor, "t"]:
         rescale_betas_zero_snr=config.zero_terminal_snr,
     )
     return scheduler.alphas_cumprod.clone()
-
-
-def masked_mse(prediction: Tensor, target: Tensor, mask: Bool[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Mean squared error over the True entries of a mask."""
-    return ((prediction.float() - target.float()) ** 2 * mask).sum() / mask.sum().clamp(min=1)

@@ -64,7 +64,8 @@ class DitaModel(nn.Module):
         self.language = text_encoder(config.language, d)
         self.vision = VisualTokenizer(config.vision, d)
         self.state = nn.Linear(config.state_dim, d) if config.state_tokens else None
-        self.embodiment = nn.Embedding(embodiments, d) if config.embodiment_token else None
+        rows = embodiments + (config.embodiment_dropout > 0)  # the last one: an embodiment that is not told
+        self.embodiment = nn.Embedding(rows, d) if config.embodiment_token else None
         self.action = nn.Linear(config.action_dim, d) if config.action_embedding == "linear" else None
         self.trunk = Trunk(d, config.layers, config.heads, config.ffn_dim)
         self.head = nn.Linear(d, config.action_dim, bias=False)
@@ -82,7 +83,8 @@ class DitaModel(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them: less memory, a third more time."""
-        self.trunk.checkpointing = True
+        for block in self.trunk.blocks:
+            block.checkpointing = True
         if isinstance(self.vision.patches, DinoPatches):
             self.vision.patches.vit.activation_checkpointing_enable({"use_reentrant": False})
 

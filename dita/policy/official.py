@@ -361,6 +361,7 @@ def infer_config(
         cameras=1,
         state_tokens=False,
         embodiment_token=False,
+        embodiment_dropout=0.0,
         action_embedding="zero_pad",
         action_attention="causal",
         vision=vision,

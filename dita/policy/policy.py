@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,25 @@ class Committed:
     def to(self, device: torch.device) -> Committed:
         """Move every tensor to `device`."""
         return Committed(self.values.to(device), self.count.to(device), self.noise.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """The random part of a training loss, on the CPU, a row per window."""
+
+    committed: Int[Tensor, "b"]  # leading action slots that are shown clean
+    times: Float[Tensor, "b k"]
+    noise: Float[Tensor, "b k n A"]
+    unknown: Bool[Tensor, "b"]  # rows that are shown the unknown-embodiment token, which a new robot starts from
+
+    def rows(self, part: slice) -> Draws:
+        """Take some windows'."""
+        return Draws(*(getattr(self, f.name)[part] for f in fields(Draws)))
+
+    @staticmethod
+    def join(parts: Sequence[Draws]) -> Draws:
+        """Put windows together."""
+        return Draws(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Draws)))
 
 
 class DitaPolicy(nn.Module):
@@ -92,23 +111,53 @@ class DitaPolicy(nn.Module):
 
         With max_committed_slots, each row shows a random number of its first actions clean; the loss is on the rest.
         """
+        draws = self.draw(batch.actions.shape[0], samples, generator)
+        counted = self.counted(batch, draws).sum() * draws.times.shape[1]
+        return self(batch, draws).sum() / counted.clamp(min=1)
+
+    def draw(self, rows: int, samples: int, generator: torch.Generator) -> Draws:
+        """Draw what a loss needs for some windows: committed slots, times, noise."""
         if self.diffusion.config.objective == "behaviour_cloning":
             samples = 1  # there is no noise to draw
-        context = self.model.context(batch.observation)
-        valid, slot_valid = batch.action_valid, batch.action_valid.any(-1)  # [b n A], [b n]
+        most, slots = self.config.max_committed_slots, self.model.action_slots
+        committed = torch.randint(most + 1, (rows,), generator=generator) if most else torch.zeros(rows).long()
+        times = self.diffusion.draw_times((rows, samples), generator)
+        noise = torch.randn(rows, samples, slots, self.config.action_dim, generator=generator)
+        dropout = self.config.embodiment_dropout if self.training else 0.0
+        unknown = torch.rand(rows, generator=generator) < dropout if dropout else torch.zeros(rows).bool()
+        return Draws(committed, times, noise, unknown)
+
+    def counted(self, batch: Batch, draws: Draws) -> Int[Tensor, "b"]:
+        """Return how many action elements of each window carry loss."""
+        return self._carries_loss(batch, draws).flatten(1).sum(1)
+
+    def forward(self, batch: Batch, draws: Draws) -> Float[Tensor, "b"]:
+        """Return each window's squared errors, summed over what carries loss and all noise samples.
+
+        The one entry of training: FSDP gathers and frees weights around it.
+        """
+        known = batch.observation.embodiment  # [b]
+        shown = known.masked_fill(draws.unknown.to(known.device), len(self.specs))
+        context = self.model.context(replace(batch.observation, embodiment=shown))
+        slot_valid = batch.action_valid.any(-1)  # [b n]
         if most := self.config.max_committed_slots:
-            count = torch.randint(most + 1, slot_valid.shape[:1], generator=generator).to(slot_valid.device)  # [b]
-            clean = (batch.actions * valid)[:, :most]  # [b m A]
+            clean = (batch.actions * batch.action_valid)[:, :most]  # [b m A]
+            count = draws.committed.to(clean.device)
             context = self.model.commit(context, clean, slot_valid[:, :most], count)
-            valid = valid & ~_leading(count, valid.shape[1])[..., None]
-        suffix = self.model.suffix(context, slot_valid, samples)
-        return self.diffusion.loss(
+        suffix = self.model.suffix(context, slot_valid, draws.times.shape[1])
+        return self.diffusion.errors(
             lambda x, t: self.model.denoise(x, self.model.time_tokens(t), suffix),
             batch.actions,
-            valid,
-            samples,
-            generator,
+            self._carries_loss(batch, draws),
+            draws.times.to(batch.actions.device),
+            draws.noise.to(batch.actions.device),
         )
+
+    def _carries_loss(self, batch: Batch, draws: Draws) -> Bool[Tensor, "b n A"]:
+        if not self.config.max_committed_slots:
+            return batch.action_valid
+        leading = _leading(draws.committed.to(batch.action_valid.device), batch.action_valid.shape[1])
+        return batch.action_valid & ~leading[..., None]
 
     @torch.no_grad()
     def sample(

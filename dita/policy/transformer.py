@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,6 +97,22 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(dim)
         self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=False)
         self.down = nn.Linear(ffn_dim, dim, bias=False)
+        self.checkpointing = False  # recompute activations in the backward pass
+
+    def forward(
+        self, x: Float[Tensor, "b l d"], layout: Layout, prefix: Prefix | None, i: int, last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run as block i; return its new hidden states [b l d] and all its keys and values [b h m e]."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._run, x, layout, prefix, i, last, use_reentrant=False)  # pyright: ignore
+        return self._run(x, layout, prefix, i, last)
+
+    def _run(
+        self, x: Tensor, layout: Layout, prefix: Prefix | None, i: int, last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.project(x, layout)
+        k, v = _join(prefix, i, k, v)
+        return (x if last else self.attend(x, q, k, v, layout.mask)), k, v
 
     def project(self, x: Float[Tensor, "b l d"], layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, each [b h l e]."""
@@ -122,7 +137,6 @@ class Trunk(nn.Module):
         self.head_dim = dim // heads
         self.blocks = nn.ModuleList(Block(dim, heads, ffn_dim) for _ in range(layers))  # pyright: ignore
         self.norm = RMSNorm(dim)
-        self.checkpointing = False  # recompute activations in the backward pass
 
     def layout(
         self,
@@ -145,7 +159,7 @@ class Trunk(nn.Module):
         """Append new tokens to a prefix; only their keys and values are kept, so the last block stops there."""
         keys, values = [], []
         for i, block in enumerate(self.blocks):
-            x, k, v = self._run(block, x, layout, prefix, i, i + 1 == len(self.blocks))
+            x, k, v = block(x, layout, prefix, i, i + 1 == len(self.blocks))
             keys.append(k)
             values.append(v)
         return Prefix(tuple(keys), tuple(values), layout.seen)
@@ -153,22 +167,8 @@ class Trunk(nn.Module):
     def forward(self, x: Float[Tensor, "b l d"], layout: Layout, prefix: Prefix | None) -> Float[Tensor, "b l d"]:
         """Run new tokens on top of a prefix and return their final hidden states."""
         for i, block in enumerate(self.blocks):
-            x, _, _ = self._run(block, x, layout, prefix, i, False)
+            x, _, _ = block(x, layout, prefix, i, False)
         return self.norm(x)
-
-    def _run(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(_run_block, *args, use_reentrant=False)  # pyright: ignore
-        return _run_block(*args)
-
-
-def _run_block(
-    block: Block, x: Tensor, layout: Layout, prefix: Prefix | None, i: int, last: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run block i; return its new hidden states [b l d] and all its keys and values [b h m e]."""
-    q, k, v = block.project(x, layout)
-    k, v = _join(prefix, i, k, v)
-    return (x if last else block.attend(x, q, k, v, layout.mask)), k, v
 
 
 def _join(prefix: Prefix | None, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
