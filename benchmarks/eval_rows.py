@@ -123,9 +123,11 @@ def _together(
 ) -> tuple[float, float, float, list[EpisodeResult]]:
     """Return wall seconds, the policy's, those before its first call, and the episodes, as `dita eval` plays them."""
     timed, began = Timed(policy), time.perf_counter()
-    sizes = {"n_envs": config.n_envs, "batch_size": config.batch_size}
     played, last = [], began
-    for episode in rollout(timed, config.env, config.env.embodiment, starts, _timing(policy), **sizes):
+    for episode in rollout(
+        timed, config.env, config.env.embodiment, starts, _timing(policy),
+        n_envs=config.n_envs, batch_size=config.batch_size,
+    ):  # fmt: skip
         played.append(episode)
         last = time.perf_counter()
     return last - timed.began, timed.seconds, timed.began - began, played

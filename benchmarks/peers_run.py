@@ -12,24 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.peers_low_dim import export_robomimic, low_dim_store
 from benchmarks.peers_methods import BUDGETS, METHODS, Budget, Job, Method
 from benchmarks.peers_networks import load_peer, replace_network
 from benchmarks.peers_robomimic import RobomimicPolicy, train_robomimic
 from benchmarks.peers_suite import low_dim_env
-from dita.checkpoint import last_checkpoint, write_json
+from dita.checkpoint import write_json
 from dita.cli import compose
 from dita.config import CollectConfig, EvalConfig, TrainConfig
-from dita.datasets.dataset import WindowDataset
-from dita.datasets.mixture import MixtureSampler, loader
 from dita.datasets.store import Store
 from dita.embodiment import canonical_json, load_embodiment
 from dita.envs.collect import collect
 from dita.envs.rollout import EpisodeResult, Start, Timing, rollout
 from dita.evaluate import evaluate, fingerprint, read_episodes
-from dita.train import DATA, Trainer, build_policy, parameter_count, run_folder, train
+from dita.train import build_policy, train
 
 ENVS = 4  # simulator processes; results do not depend on it
 
@@ -56,7 +53,7 @@ def run(job: Job, out: Path) -> dict[str, Any]:
         with _timed(trained, "train"):
             train_peer(train_config(job, store, trained / "train"), method.network)
         policy = load_peer(trained / "train", method.network)
-        parameters = parameter_count(policy)
+        parameters = sum(p.numel() for p in policy.parameters())
         with _timed(here, "eval"):
             episodes = evaluate(policy, config, exist="resume").episodes
     return _record(job, episodes, parameters, _times(trained), _times(here))
@@ -135,24 +132,8 @@ def train_peer(config: TrainConfig, network: str) -> None:
         return
     if network == "dita":
         train(config, "resume")
-        return
-    torch.set_num_threads(config.threads)
-    stores = [Store(s.path) for s in config.data.stores]
-    with run_folder(run, config, "resume"):
-        policy = build_policy(config, stores, [range(len(s.episodes)) for s in stores])
-        policy = replace_network(policy, network)
-        trainer = Trainer(policy, config)
-        saved = any((run / "checkpoints").glob("[0-9]*/train/manifest.json"))
-        start = trainer.load(last_checkpoint(run) / "train") if saved else 0
-        sizes = {k: getattr(config.policy, k) for k in ("n_obs_steps", "chunk_size", "past_action_slots")}
-        windows = [WindowDataset(s, pad_end=config.data.pad_end, cache=config.data.cache, **sizes) for s in stores]
-        seed = int(np.random.SeedSequence([config.seed, DATA, 0]).generate_state(1, np.uint64)[0] >> 1)  # as `train`
-        sampler = MixtureSampler([len(w) for w in windows], [s.weight for s in config.data.stores], seed)
-        batches = loader(
-            windows, sampler, batch_size=config.batch_size, preprocess=policy.preprocessor.batch, start_step=start,
-            steps=config.steps, workers=config.data.workers,
-        )  # fmt: skip
-        trainer.run(run, start, iter(batches))
+    else:
+        train(config, "resume", build=lambda *given: replace_network(build_policy(*given), network))
 
 
 @contextmanager

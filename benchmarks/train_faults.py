@@ -117,7 +117,8 @@ def start(
     code = 1
     try:
         out = os.open(f"{config.run}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(out, 1), os.dup2(out, 2)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
         if world > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost", MASTER_PORT=str(port))
         if before is not None:
@@ -390,7 +391,7 @@ def stop_after(step: int) -> Callable[[], None]:
             if now + 1 == step:
                 signal.raise_signal(signal.SIGTERM)
 
-        Trainer._follow = patched
+        setattr(Trainer, "_follow", patched)  # noqa: B010 of this process only
 
     return patch
 

@@ -173,7 +173,7 @@ class Saving:
         Raises:
             NoSpace: they may not fit.
         """
-        import torch.distributed.checkpoint as dcp
+        dcp = _dcp()
 
         self.folder, self.began, self.error = folder, time.monotonic(), None
         self._partial, self._state, self._also, self._ranks = _partial_of(folder), dict(state), also, ranks
@@ -223,13 +223,20 @@ class Saving:
                     shutil.rmtree(partial, ignore_errors=True)
 
 
+def _dcp() -> Any:
+    """Return torch's distributed checkpoints, which take a second to import and export few of their names."""
+    import torch.distributed.checkpoint
+
+    return torch.distributed.checkpoint
+
+
 def restore(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Any]:
     """Read a verified train state into tensors that are there, of any sharding, and return its plain values.
 
     Raises:
         ValueError: the tensors are others than the checkpoint's.
     """
-    import torch.distributed.checkpoint as dcp
+    dcp = _dcp()
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
     there = {n: tuple(m.size) for n, m in reader.read_metadata().state_dict_metadata.items()}  # pyright: ignore
@@ -248,7 +255,7 @@ def load_train_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: damaged (the file is named).
     """
-    import torch.distributed.checkpoint as dcp
+    dcp = _dcp()
 
     verify_train_state(folder)
     there = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata

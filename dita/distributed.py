@@ -118,7 +118,7 @@ def processes(device: str, parallel: str, timeout: float) -> Iterator[Ranks]:
     mine = not dist.is_initialized()
     if mine:
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        store = dist.HashStore() if world == 1 else None
+        store = dist.HashStore() if world == 1 else None  # pyright: ignore[reportPrivateImportUsage]
         if store is None:
             os.environ.setdefault("MASTER_ADDR", _first_host())
             os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
@@ -126,7 +126,7 @@ def processes(device: str, parallel: str, timeout: float) -> Iterator[Ranks]:
         ours = {"store": store, "rank": 0, "world_size": 1} if store else {}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **ours)
     try:
-        groups = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+        groups: Any = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
         yield Ranks(rank, world, local, *groups)
     finally:
         if mine:

@@ -385,7 +385,8 @@ def _several(demos: Sequence[Demo]) -> str:
     """Compare evaluations: rates with intervals, success over training and over control steps."""
     infos = [(demo, demo.evaluation) for demo in demos if demo.evaluation is not None]
     names = _short_names([demo.played for demo, _ in infos])
-    rows, steps = [], [(e.get("checkpoint") or {}).get("step") for _, e in infos]
+    rows: list[list[str]] = []
+    steps: list[Any] = [(e.get("checkpoint") or {}).get("step") for _, e in infos]
     for name, (_, e), step in zip(names, infos, steps, strict=True):
         rates = [*e["tasks"].items(), *([("mean over tasks", e["macro"])] if len(e["tasks"]) > 1 else [])]
         rows += [[name, "" if step is None else str(step), task, *_rate(rate)] for task, rate in rates]

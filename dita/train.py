@@ -296,7 +296,7 @@ class Trainer:
         decay = min(self.config.optim.ema_decay, (1 + step) / (10 + step)) if step else 0.0
         with torch.no_grad():
             shadow, now = ([_local(t) for t in d.values()] for d in (self.shadow, self.parameters))
-            torch._foreach_lerp_(shadow, now, 1 - decay)
+            torch._foreach_lerp_(shadow, now, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         if self.gradient is not None:
             self.gradient.zero_()
         else:

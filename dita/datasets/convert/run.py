@@ -393,7 +393,7 @@ def ray_cluster(address: str) -> Cluster:
             task = ray.remote(function)
             try:
                 return ray.get([task.remote(*job) for job in jobs])
-            except ray.exceptions.RayError as e:
+            except ray.exceptions.RayError as e:  # pyright: ignore[reportAttributeAccessIssue]
                 text = str(e).strip().splitlines()[-1]
                 raise ValueError(
                     f"a Ray task failed: {text}; finished episodes are kept, rerun with --resume"
