@@ -68,6 +68,14 @@ def test_buffer_drops_what_has_expired_by_time_and_counts_it():
     assert buffer.counts["expired_steps"] == 5
 
 
+def test_buffer_counts_only_the_steps_between_those_it_hands_out():
+    buffer = ChunkBuffer()
+    buffer.offer(chunk(T0, np.zeros((16, 3))), T0)
+    assert buffer.due(T0).index == 0
+    assert buffer.due(T0 + 3.5 * DT).index == 3
+    assert buffer.counts["expired_steps"] == 2
+
+
 def test_newer_chunk_replaces_older_at_the_steps_rate():
     buffer = ChunkBuffer()
     buffer.offer(chunk(T0, np.zeros((16, 3))), T0)
@@ -75,6 +83,20 @@ def test_newer_chunk_replaces_older_at_the_steps_rate():
     buffer.offer(chunk(T0 + 0.0501, np.ones((16, 3))), T0 + 0.0502)
     assert buffer.due(T0 + 0.0502) is None, "the step that has begun is not begun twice"
     assert buffer.due(T0 + 0.0627).index == 1
+
+
+def test_a_step_that_begins_half_a_step_after_the_last_one_is_handed_out():
+    buffer, dt, motion = ChunkBuffer(), 0.125, np.zeros((4, 3))  # without rounding
+    buffer.offer(Chunk(0.0, dt, motion, None), 0.0)
+    assert buffer.due(0.0).start == 0.0
+    buffer.offer(Chunk(0.0625, dt, motion, None), 0.0625)
+    assert buffer.due(0.0625).start == 0.0625
+
+
+def test_a_chunk_is_late_from_the_moment_on_that_its_last_step_is_over():
+    motion = np.zeros((4, 3))
+    assert ChunkBuffer().offer(Chunk(1.0, 0.125, motion, None), 1.5) == "late chunk"
+    assert ChunkBuffer().offer(Chunk(1.0, 0.125, motion, None), 1.4999) is None
 
 
 def test_late_duplicate_and_out_of_order_chunks_are_dropped_and_counted():
