@@ -1,9 +1,9 @@
 """Mutate the guard's core, one small change at a time, and count what tests/test_guard.py notices.
 
-python benchmarks/mutation.py [--modules guard limits] [--limit 50] [--survivors]; resumes; writes docs/evidence/mutation.md
-Each mutant runs in a fork that imports the changed module in place of the real one, and calls the tests that reach the
-changed line, the quickest first, until one fails. Times are of the processor: a busy machine kills no mutant. Docstrings,
-type hints and the texts of messages are not mutated; everything else that an operator below touches is.
+python benchmarks/mutation.py [--modules guard limits] [--limit 50] [--survivors]; resumes, writes its page in docs.
+Each mutant runs in a fork that imports the changed module in place of the real one and calls the tests that reach the
+changed line, the quickest first, until one fails. Times are of the processor: a busy machine kills no mutant.
+Docstrings, type hints and the texts of messages are not mutated; everything else that an operator below touches is.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import importlib
 import importlib.abc
 import importlib.util
 import inspect
-import io
 import itertools
 import json
 import logging
@@ -35,11 +34,13 @@ ROOT = Path(__file__).parent.parent
 CORE = ROOT / "robot_io" / "core"
 MODULES = ("guard", "limits", "chunk_buffer", "space", "tracker")
 RESULTS = ROOT / "build" / "mutation.json"
+TRIED = ROOT / "build" / "mutation_tried.json"  # survivor -> the tests that it survived
 REACHED = ROOT / "build" / "mutation_reached.json"
 EQUIVALENT = ROOT / "benchmarks" / "mutation_equivalent.json"
 PAGE = ROOT / "docs" / "evidence" / "mutation.md"
-AGAIN = ("robot_io.core", "robot_io.live", "robot_io.nodes", "fake_robot", "guard_arm", "test_guard")  # imported anew
+AGAIN = (*(f"robot_io.core.{m}" for m in MODULES), "guard_arm", "test_guard")  # imported anew for each mutant
 PATIENCE, GRACE_S = 4.0, 5.0  # processor time of a mutant: times what its tests take, and on top of it [s]
+PARTS = 8  # of the mutants, run one after the other
 COMPARE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 COMPARE.update({ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In})
 ARITHMETIC = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult}
@@ -81,7 +82,7 @@ def changes(node: Any) -> Iterator[tuple[str, ast.AST]]:
 
 
 def places(tree: Any, around: Any = None) -> Iterator[tuple[Any, str, int | None, Any, Any]]:
-    """Yield (parent, field, index, node, statement around it) of everything that may be mutated, in the file's order."""
+    """Yield (parent, field, index, node, statement around it) of all that may be mutated, in the file's order."""
     skipped = ("annotation", "returns", "decorator_list", "bases", "type_params")
     for field, value in list(ast.iter_fields(tree)):
         if field in skipped or isinstance(tree, (ast.JoinedStr, ast.Raise, ast.Assert)):
@@ -94,7 +95,7 @@ def places(tree: Any, around: Any = None) -> Iterator[tuple[Any, str, int | None
 
 
 def mutants(module: str) -> Iterator[tuple[str, ast.Module, Any]]:
-    """Yield (name, tree, statement) of every mutant of a module; the tree is changed until the next one is asked for."""
+    """Yield (name, tree, statement) of every mutant of a module; the tree is changed back for the next one."""
     text = (CORE / f"{module}.py").read_text(encoding="utf-8")
     tree, lines, seen = ast.parse(text), text.splitlines(), Counter()
     for parent, field, index, node, statement in list(places(tree)):
@@ -150,8 +151,9 @@ def tests() -> list[Test]:
     found: list[Test] = []
     for name, function in vars(module).items():
         if name.startswith("test_") and inspect.isfunction(function):
+            digest = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:6]
             for i, values in enumerate(parameters(function)):
-                found.append((f"{name} {i}", lambda f=function, v=values: call(f, v)))
+                found.append((f"{name} {i} {digest}", lambda f=function, v=values: call(f, v)))
             if hasattr(function, "hypothesis"):
                 RANDOM.add(name)
     return found
@@ -196,7 +198,7 @@ def child(work: Callable[[], int], limit_s: float) -> int | None:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            for name in [n for n in sys.modules if n.startswith(AGAIN)]:
+            for name in AGAIN:
                 del sys.modules[name]
             code = work()
         os._exit(code)
@@ -230,16 +232,18 @@ def run(module: str, tree: ast.Module, chosen: list[str], limit_s: float) -> str
 
 
 def reached() -> dict[str, Any]:
-    """Return {test: {"s": processor time, "lines": {module: [line]}}}, measured once for these sources and tests.
+    """Return {test: {"s": processor time, "lines": {module: [line]}}}, measured once for these sources and each test.
 
     A test of random values is followed by function, not by line: that would take longest.
     """
-    files = [CORE / f"{m}.py" for m in MODULES] + sorted((ROOT / "tests").glob("*guard*.py"))
+    files = [*(CORE / f"{m}.py" for m in MODULES), ROOT / "tests" / "guard_arm.py"]
     digest = hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
     known = json.loads(REACHED.read_text()) if REACHED.exists() else {}
     if known.get("digest") != digest:
         known = {"digest": digest, "tests": {}}
-    for name, test in tests():
+    found = tests()
+    known["tests"] = {name: known["tests"][name] for name, _ in found if name in known["tests"]}
+    for name, test in found:
         if name in known["tests"]:
             continue
         lines: dict[str, set[int]] = {m: set() for m in MODULES}
@@ -279,19 +283,25 @@ def tracer(watched: dict[str, set[int]], by_line: bool) -> Callable[..., Any]:
     return enter
 
 
-def choose(module: str, statement: Any, known: dict[str, Any], texts: dict[str, list[str]]) -> list[str]:
-    """Return the tests that reach a statement, the quickest first; for a constant those that reach who uses its name."""
+def part_of(name: str) -> int:
+    """Return which part of the mutants one belongs to, by chance: what has been run is a fair sample of all."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % PARTS
+
+
+def choose(
+    module: str, statement: Any, reached: dict[str, dict[str, set[int]]], texts: dict[str, list[str]]
+) -> list[str]:
+    """Return the tests that reach a statement; for a constant those that reach uses of its name."""
     body = getattr(statement, "body", None)
     last = body[0].lineno - 1 if isinstance(body, list) and body else statement.end_lineno
     wanted = {module: set(range(statement.lineno, max(last, statement.lineno) + 1))}
     if isinstance(statement, (ast.Assign, ast.AnnAssign)) and not any(
-        wanted[module] & set(t["lines"][module]) for t in known.values()
+        wanted[module] & lines[module] for lines in reached.values()
     ):
         target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
         word = re.compile(rf"\b{re.escape(ast.unparse(target))}\b")
         wanted = {m: {i for i, line in enumerate(text, start=1) if word.search(line)} for m, text in texts.items()}
-    chosen = [n for n, t in known.items() if any(lines & set(t["lines"][m]) for m, lines in wanted.items())]
-    return sorted(chosen or known, key=lambda n: known[n]["s"])
+    return [n for n, lines in reached.items() if any(want & lines[m] for m, want in wanted.items())] or list(reached)
 
 
 # ---- the run
@@ -315,65 +325,78 @@ def main() -> None:
     hypothesis.core.global_force_seed = 0
     RESULTS.parent.mkdir(exist_ok=True)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    equivalent = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
+    tried = json.loads(TRIED.read_text()) if TRIED.exists() else {}
     covered = reached()
+    lines = {n: {m: set(v) for m, v in t["lines"].items()} for n, t in covered.items()}
     texts = {m: (CORE / f"{m}.py").read_text(encoding="utf-8").splitlines() for m in MODULES}
-    left, done = Counter(), 0
-    for module in options.modules:
+    done = 0
+    for part, module in itertools.product(range(PARTS), options.modules):
         for name, tree, statement in mutants(module):
             todo = known.get(name) == "survived" if options.survivors else name not in known
-            if not todo or done >= options.limit:
-                left[module] += name not in known
+            if not todo or done >= options.limit or part_of(name) != part or name in equivalent:
                 continue
-            chosen = choose(module, statement, covered, texts)
+            reaching = sorted(choose(module, statement, lines, texts), key=lambda n: covered[n]["s"])
+            chosen = [n for n in reaching if n not in tried.get(name, ())]
             limit_s = GRACE_S + PATIENCE * sum(covered[n]["s"] for n in chosen)
             known[name] = run(module, tree, chosen, limit_s)
+            if known[name] == "survived":
+                tried[name] = reaching
             done += 1
-            print(f"{known[name]}: {name}", flush=True)
-            if done % 20 == 0 or known[name] == "survived":
-                RESULTS.write_text(json.dumps(known, indent=0, sort_keys=True))
-    RESULTS.write_text(json.dumps(known, indent=0, sort_keys=True))
+            print(f"{part} {known[name]}: {name}", flush=True)
+            if done % 10 == 0 or known[name] == "survived":
+                save(known, tried)
+    save(known, tried)
+    left = Counter(m for m in MODULES for n, _, _ in mutants(m) if n not in known and n not in equivalent)
     print(f"mutants left to run: {dict(left) or 0}")
     write(known)
+
+
+def save(known: dict[str, str], tried: dict[str, list[str]]) -> None:
+    """Keep the results for the next run."""
+    RESULTS.write_text(json.dumps(known, indent=0, sort_keys=True))
+    TRIED.write_text(json.dumps(tried))
 
 
 def write(known: dict[str, str]) -> None:
     """Write the page from all results of mutants that still exist."""
     equivalent = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
     lines = [
-        "| module | mutants | run | killed | of these by the time limit | equivalent, listed | survived | score |",
+        "| module | mutants | equivalent, listed | run | killed | of these by the time limit | survived | score |",
         "|---|---|---|---|---|---|---|---|",
     ]
     survivors, listed = [], []
     for module in MODULES:
         names = [n for n, _, _ in mutants(module)]
-        found = {n: known[n] for n in names if n in known}
+        same = [n for n in names if n in equivalent]
+        found = {n: known[n] for n in names if n in known and n not in equivalent}
         killed = sum(r != "survived" for r in found.values())
         hung = sum(r == "timeout" for r in found.values())
-        same = [n for n, r in found.items() if r == "survived" and n in equivalent]
-        alive = [n for n, r in found.items() if r == "survived" and n not in equivalent]
+        alive = [n for n, r in found.items() if r == "survived"]
         share = f"{100 * killed / (killed + len(alive)):.1f} %" if killed else "not run"
-        row = (module, len(names), len(found), killed, hung, len(same), len(alive), share)
+        row = (module, len(names), len(same), len(found), killed, hung, len(alive), share)
         lines.append(f"| {' | '.join(map(str, row))} |")
         survivors += alive
         listed += same
     digest = hashlib.sha256(b"".join((CORE / f"{m}.py").read_bytes() for m in MODULES)).hexdigest()[:12]
-    out = io.StringIO()
-    print("# Mutation score of the guard's core\n", file=out)
-    print(
-        f"`make mutation`: tests/test_guard.py against one change at a time; sources {digest}. The score leaves",
-        file=out,
-    )
-    print(
-        "out the mutants listed as equivalent. A mutant that takes several times the processor time of its tests",
-        file=out,
-    )
-    print("hangs, and counts as killed.\n", file=out)
-    print("\n".join(lines), file=out)
-    print("\n## Equivalent mutants\n", file=out)
-    print("\n".join(f"- {n}: {equivalent[n]}" for n in listed), file=out)
-    print("\n## Survivors\n", file=out)
-    print("\n".join(f"- {n}" for n in survivors), file=out)
-    PAGE.write_text(out.getvalue().rstrip() + "\n", encoding="utf-8")
+    text = [
+        "# Mutation score of the guard's core",
+        "",
+        f"`make mutation`: tests/test_guard.py against one change at a time; sources {digest}. The score leaves out",
+        "the mutants listed as equivalent. A mutant that takes several times the processor time of its tests hangs,",
+        "and counts as killed.",
+        "",
+        *lines,
+        "",
+        "## Equivalent mutants",
+        "",
+        *[f"- {n}: {equivalent[n]}" for n in listed],
+        "",
+        "## Survivors",
+        "",
+        *[f"- {n}" for n in survivors],
+    ]
+    PAGE.write_text("\n".join(text).rstrip() + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -950,6 +950,159 @@ def test_a_pause_longer_than_a_driver_waits_begins_anew_at_rest():
         arm.assert_inside()
 
 
+# ---- bounds of time, on numbers without rounding
+
+EXACT = GuardConfig(
+    tick=1 / 128, state_timeout=0.125, stream_timeout=0.125, hold_timeout=1.0, max_skew=0.0625, clamp_margin=0.25
+)
+NOW, A_LITTLE = 1024.0, 2.0**-10  # [s]
+
+
+def exact(armed=True):
+    """Return a guard that has measured its arm now."""
+    values = embodiment("position")
+    values["action_dt"] = 1 / 64
+    guard = Guard(parse_robot(values), EXACT)
+    guard.on_state(NOW, HOME)
+    if armed:
+        guard.arm(NOW)
+    return guard
+
+
+def exact_chunk(stamp, motion=(0.0, 0.0, 0.0), **kwargs):
+    return Chunk(stamp, 1 / 64, np.atleast_2d(np.asarray(motion, float)), np.array([-1.0]), **kwargs)
+
+
+@pytest.mark.parametrize("away", [0.125, -0.0625])
+def test_arming_takes_a_state_up_to_its_bounds(away):
+    exact(armed=False).arm(NOW + away)
+    with pytest.raises(ValueError, match="s old; compare the clocks"):
+        exact(armed=False).arm(NOW + away + math.copysign(A_LITTLE, away))
+
+
+def test_a_state_is_fresh_up_to_its_timeout_and_a_clock_apart_up_to_its_skew():
+    for away, says in ((0.125, "state older than 0.125 s"), (-0.0625, "state from the future")):
+        guard = exact()
+        guard.tick(NOW + away)
+        assert guard.state is State.ARMED
+        guard.tick(NOW + away + math.copysign(A_LITTLE, away))
+        assert guard.state is State.FAULT and says in guard.machine.reason
+
+
+def test_a_state_out_of_order_up_to_the_skew_is_dropped_and_beyond_it_a_jump():
+    guard = exact()
+    guard.on_state(NOW, shifted(HOME, 0.01, 0, 0))
+    guard.on_state(NOW - 0.0625, HOME)
+    guard.tick(NOW)
+    assert guard.state is State.ARMED and guard.counts["R0 state out of order"] == 2
+    guard.on_state(NOW - 0.0625 - A_LITTLE, HOME)
+    guard.tick(NOW)
+    assert guard.state is State.HOLDING and "jumped back by 0.063 s" in guard.machine.reason
+
+
+def test_a_measurement_stamped_after_its_arrival_by_more_than_the_skew_is_a_fault():
+    guard = exact()
+    guard.on_state(NOW + 0.0625, HOME, now=NOW)
+    guard.on_state(NOW + 0.07, HOME, now=NOW + 60.0)  # that is old: what to make of it is the tick's
+    assert guard.state is State.ARMED
+    guard.on_state(NOW + 0.125, HOME, now=NOW + 0.0625 - A_LITTLE)
+    assert guard.state is State.FAULT and "0.063 s in the future: compare the clocks" in guard.machine.reason
+    guard.disarm()
+    guard.tick(NOW + 0.125)
+    with pytest.raises(ValueError, match="s in the future: compare the clocks"):
+        guard.arm(NOW + 0.125)
+    guard.on_state(NOW + 0.25, HOME, now=NOW + 0.25)
+    guard.arm(NOW + 0.25)
+
+
+def test_old_stamps_on_their_way_are_no_fault_right_after_the_clock_jumped_back():
+    guard = exact()
+    guard.on_clock_jump(-0.5, NOW - 0.5)
+    guard.on_state(NOW, HOME, now=NOW - 0.5)
+    assert guard.state is State.HOLDING
+    guard.on_state(NOW + 1.0, HOME, now=NOW - 0.4)
+    assert guard.state is State.FAULT and "in the future" in guard.machine.reason
+
+
+def test_a_chunk_ahead_of_now_up_to_the_skew_is_taken():
+    guard = exact()
+    assert guard.on_chunk(exact_chunk(NOW + 0.0625), NOW) is None
+    guard.on_chunk(exact_chunk(NOW + 0.0625 + A_LITTLE), NOW)
+    assert guard.state is State.FAULT and "a chunk is 0.063 s in the future" in guard.machine.reason
+
+
+def test_the_timeouts_of_actions_and_of_a_hold_are_held_to():
+    guard = exact()
+    guard.on_chunk(exact_chunk(NOW + 1 / 128), NOW)
+    guard.tick(NOW)
+    over = NOW + 1 / 128 + 1 / 64  # when the step is
+    for at, state in ((0.125, State.ARMED), (0.125 + A_LITTLE, State.HOLDING)):
+        guard.on_state(over + at, HOME)
+        guard.tick(over + at)
+        assert guard.state is state
+    assert guard.machine.reason == "no action for 0.125 s"
+    held = over + 0.125 + A_LITTLE
+    for at, state in ((1.0, State.HOLDING), (1.0 + A_LITTLE, State.FAULT)):
+        guard.on_state(held + at, HOME)
+        guard.tick(held + at)
+        assert guard.state is state
+    assert guard.machine.reason == "held for 1.0 s (no action for 0.125 s)"
+
+
+def test_a_source_is_silent_after_the_stream_timeout_and_no_sooner():
+    guard = exact()
+    guard.on_heartbeat("policy", NOW)
+    for at, state in ((0.125, State.ARMED), (0.125 + A_LITTLE, State.HOLDING)):
+        guard.on_state(NOW + at, HOME)
+        guard.tick(NOW + at)
+        assert guard.state is state
+    assert "no sign of life" in guard.machine.reason
+
+
+@pytest.mark.parametrize(("last", "state"), [(1.0, State.FAULT), (1.0 + A_LITTLE, State.HOLDING)])
+def test_the_last_three_chunks_that_are_not_finite_count_whatever_came_before(last, state):
+    guard = exact()
+    for at in (-2.0, 0.0, 0.5, last):
+        guard.on_chunk(exact_chunk(NOW + at, (math.nan, 0.0, 0.0)), NOW + at)
+    assert guard.state is state
+
+
+def test_bad_chunks_from_before_a_jump_of_the_clock_are_forgotten():
+    guard = exact()
+    for at in (0.0, 0.25):
+        guard.on_chunk(exact_chunk(NOW + at, (math.nan, 0.0, 0.0)), NOW + at)
+    guard.on_clock_jump(-0.25, NOW)
+    guard.on_chunk(exact_chunk(NOW + 0.125, (math.nan, 0.0, 0.0)), NOW + 0.125)
+    assert guard.state is State.HOLDING
+
+
+def test_without_fresh_state_a_second_after_a_jump_of_the_clock_it_is_a_fault():
+    guard = exact()
+    guard.config = dataclasses.replace(EXACT, hold_timeout=10.0)
+    guard.on_clock_jump(5.0, NOW + 5.0)
+    for at, state in ((1.0, State.HOLDING), (1.0 + A_LITTLE, State.FAULT)):
+        guard.tick(NOW + 5.0 + at)
+        assert guard.state is state
+    assert guard.machine.reason == "state older than 0.125 s"
+
+
+def test_the_grippers_dwell_survives_a_jump_of_the_clock():
+    arm = gripper_arm(gripper_dwell=4 * DT).arm()
+    play_gripper(arm, 1.0)
+    arm.now -= 10.0
+    arm.guard.on_clock_jump(-10.0, arm.now)
+    arm.checker.restart()
+    arm.run(2 * TICK)
+    assert play_gripper(arm, *[0.0] * 6)[-1] == 0.0
+
+
+def test_a_delta_is_another_unit_from_twenty_half_ranges_outside_on():
+    for excess, state in ((19.5, State.ARMED), (20.5, State.FAULT)):
+        guard = exact()
+        guard.on_chunk(exact_chunk(NOW + 1 / 128, ((1 + excess) * guard.robot.motion.high[0], 0.0, 0.0)), NOW)
+        assert guard.state is state
+
+
 # ---- obstacles
 
 
