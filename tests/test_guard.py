@@ -1103,6 +1103,50 @@ def test_a_delta_is_another_unit_from_twenty_half_ranges_outside_on():
         assert guard.state is state
 
 
+def test_a_chunk_that_is_left_out_makes_room_for_the_next_one():
+    guard = exact()
+    guard.approval = True
+    guard.leave_out(7)  # none waits
+    guard.on_chunk(exact_chunk(NOW, id=7), NOW)
+    guard.leave_out(6)
+    assert guard.pending is not None and guard.pending.id == 7
+    assert guard.on_chunk(exact_chunk(NOW, id=8), NOW) == "out-of-order chunk"
+    assert guard.on_chunk(exact_chunk(NOW + A_LITTLE, id=9), NOW) is None
+    assert guard.pending.id == 7 and guard.counts["chunks while one waits"] == 1, "what is looked at stays"
+    guard.leave_out(7)
+    assert guard.pending is None
+    guard.on_chunk(exact_chunk(NOW + 2 * A_LITTLE, id=10), NOW)
+    assert guard.pending.id == 10
+
+
+def test_an_approved_chunk_begins_with_the_next_ticks_command():
+    guard = exact()
+    guard.approval = True
+    guard.on_chunk(exact_chunk(NOW, id=7), NOW)
+    guard.approve(7, NOW)
+    _, executed = guard.tick(NOW + 1 / 128)
+    assert executed is not None and executed.step.chunk.id == 7 and executed.step.index == 0
+
+
+def test_a_tick_moves_by_one_period():
+    def moved(*periods):
+        guard = exact()
+        guard.on_chunk(exact_chunk(NOW + 1 / 128, (0.008, 0.0, 0.0)), NOW)
+        guard.tick(NOW)
+        command, _ = guard.tick(NOW + 1 / 64, *periods)
+        assert command is not None
+        return command.configuration[0]
+
+    assert 0 < moved() == moved(1) < moved(2)
+
+
+def test_a_guard_begins_with_nothing_counted_and_at_full_speed():
+    guard = exact(armed=False)
+    assert [guard.to_dict()[r] for r in ("R0", "R1", "R2", "R3")] == [0, 0, 0, 0]
+    assert guard.to_dict()["speed_scale"] == 1.0
+    guard.set_speed(1.0)
+
+
 # ---- obstacles
 
 
