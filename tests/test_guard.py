@@ -1147,6 +1147,25 @@ def test_a_guard_begins_with_nothing_counted_and_at_full_speed():
     guard.set_speed(1.0)
 
 
+def test_arming_waits_until_the_arm_stands():
+    arm = Arm().arm()
+    arm.offer(arm.ahead(0, 0.005))
+    arm.run(0.1)
+    arm.guard.fault("a test", arm.now)
+    with pytest.raises(ValueError, match="not armed: still decelerating"):
+        arm.guard.arm(arm.now)
+    arm.run(0.2)
+    arm.guard.arm(arm.now)
+
+
+def test_the_lag_behind_the_goal_is_told():
+    arm = Arm().arm()
+    assert arm.guard.to_dict()["lag_m.max"] == 0
+    arm.offer(arm.ahead(0, 0.005))
+    arm.run(0.1)
+    assert 0 < arm.guard.to_dict()["lag_m.max"] < 0.02
+
+
 # ---- obstacles
 
 
@@ -1198,8 +1217,9 @@ def test_joint_commands_keep_the_tool_speed_and_the_workspace():
     arm.assert_inside()
 
 
-def test_a_tool_stays_out_of_the_keep_out_boxes():
-    values = embodiment("position")
+@pytest.mark.parametrize("space", ["position", "pose"])
+def test_a_tool_stays_out_of_the_keep_out_boxes(space):
+    values = embodiment(space)
     values["limits"]["keep_out"] = [{"low": [0.1, 0.0, 0.0], "high": [0.2, 1.0, 1.0]}]
     arm = Arm(values).arm()
     for _ in range(10):
@@ -1515,3 +1535,35 @@ def test_an_embodiment_from_before_drivers_is_read_as_it_was():
     driver = parse_robot(values).driver
     assert (driver.command, driver.command_topic, driver.pose_topic) == ("pose", "/target_pose", "/tool_pose")
     assert (driver.gripper_direction, driver.gripper_hysteresis, driver.required_mode) == (1, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"workspace_high": None}, "no limits.workspace_low, limits.workspace_high"),
+        ({"keep_out": [{"low": [0, 0, 0], "high": [1, 1, 1], "name": "table"}]}, "unknown name"),
+        ({"keep_out": [{"low": [0, 0, 0], "high": [1, 0, 1]}]}, "low must be below high"),
+        (
+            {"capsules": [{"link": "a", "radius": 0.1, "start": [0, 0, 0], "end": [0, 1]}]},
+            "end must be 3 finite numbers",
+        ),
+        ({"capsules": [{"link": "a", "radius": 0, "start": [0, 0, 0], "end": [0, 1, 0]}]}, "radius must be a positive"),
+        ({"max_speed": True}, "max_speed must be a positive number, got True"),
+    ],
+)
+def test_limits_that_make_no_sense_are_named(changes, says):
+    values = embodiment("position")
+    values["limits"].update(changes)
+    with pytest.raises(ValueError, match=says):
+        Guard(parse_robot(values), CONFIG)
+
+
+def test_fields_and_joints_that_make_no_sense_are_named():
+    values = embodiment("joint")
+    values["limits"]["joints"]["velocity"][2] = True
+    with pytest.raises(ValueError, match="velocity must be a finite number, got True for joint5"):
+        parse_robot(values)
+    values = embodiment("position")
+    values["action"][0].update(low=[0.0] * 3, high=[0.0] * 3)
+    with pytest.raises(ValueError, match="every low must be below its high"):
+        parse_robot(values)
