@@ -31,7 +31,7 @@ from robot_io.core.chunk_buffer import Chunk, ChunkBuffer
 from robot_io.core.guard import INSET, Guard, GuardConfig
 from robot_io.core.limits import Envelope, parse_robot
 from robot_io.core.state_machine import TRANSITIONS, State, StateMachine
-from robot_io.core.tracker import Tracker
+from robot_io.core.tracker import Motion, Tracker
 from robot_io.live import EnvelopeReader
 
 
@@ -1166,6 +1166,19 @@ def test_the_lag_behind_the_goal_is_told():
     assert 0 < arm.guard.to_dict()["lag_m.max"] < 0.02
 
 
+@pytest.mark.parametrize(
+    ("motion", "says"), [(np.full(3, np.nan), "not finite"), (shifted(HOME, 0.1, 0, 0), "speed of tool")]
+)
+def test_a_path_that_would_leave_the_envelope_is_not_sent_and_is_a_fault(motion, says):
+    arm = Arm().arm().run(0.05)
+    before = arm.last
+    arm.guard.tracker.toward = lambda goal, velocity: Motion(motion, np.zeros(3), np.zeros(3))
+    arm.run(3 * TICK)
+    np.testing.assert_array_equal(arm.last, before)
+    assert arm.state is State.FAULT and arm.reason.startswith(f"the path would leave the envelope: {says}")
+    assert arm.guard.counts["envelope_stops"] == 1 and not arm.checker.violations
+
+
 # ---- obstacles
 
 
@@ -1548,6 +1561,7 @@ def test_an_embodiment_from_before_drivers_is_read_as_it_was():
             "end must be 3 finite numbers",
         ),
         ({"capsules": [{"link": "a", "radius": 0, "start": [0, 0, 0], "end": [0, 1, 0]}]}, "radius must be a positive"),
+        ({"capsules": [{"link": "a", "radius": -1, "start": [0] * 3, "end": [0, 1, 0]}]}, "radius must be a positive"),
         ({"max_speed": True}, "max_speed must be a positive number, got True"),
     ],
 )
@@ -1567,3 +1581,8 @@ def test_fields_and_joints_that_make_no_sense_are_named():
     values["action"][0].update(low=[0.0] * 3, high=[0.0] * 3)
     with pytest.raises(ValueError, match="every low must be below its high"):
         parse_robot(values)
+    for names in (["", *JOINTS[1:]], [1, *JOINTS[1:]], "joints"):
+        values = embodiment("joint")
+        values["driver"]["joints"] = names
+        with pytest.raises(ValueError, match="joints must be a list of names"):
+            parse_robot(values)
