@@ -384,7 +384,7 @@ def write(known: dict[str, str]) -> None:
         "",
         f"`make mutation`: tests/test_guard.py against one change at a time; sources {digest}. The score leaves out",
         "the mutants listed as equivalent. A mutant that takes several times the processor time of its tests hangs,",
-        "and counts as killed. They are run in an order by chance: what has been run is a fair sample of all.",
+        "and counts as killed.",
         "",
         *lines,
         "",
