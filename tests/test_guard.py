@@ -31,7 +31,7 @@ from robot_io.core.chunk_buffer import Chunk, ChunkBuffer
 from robot_io.core.guard import INSET, Guard, GuardConfig
 from robot_io.core.limits import Envelope, parse_robot
 from robot_io.core.state_machine import TRANSITIONS, State, StateMachine
-from robot_io.core.tracker import Tracker
+from robot_io.core.tracker import Motion, Tracker
 from robot_io.live import EnvelopeReader
 
 
@@ -68,6 +68,14 @@ def test_buffer_drops_what_has_expired_by_time_and_counts_it():
     assert buffer.counts["expired_steps"] == 5
 
 
+def test_buffer_counts_only_the_steps_between_those_it_hands_out():
+    buffer = ChunkBuffer()
+    buffer.offer(chunk(T0, np.zeros((16, 3))), T0)
+    assert buffer.due(T0).index == 0
+    assert buffer.due(T0 + 3.5 * DT).index == 3
+    assert buffer.counts["expired_steps"] == 2
+
+
 def test_newer_chunk_replaces_older_at_the_steps_rate():
     buffer = ChunkBuffer()
     buffer.offer(chunk(T0, np.zeros((16, 3))), T0)
@@ -75,6 +83,20 @@ def test_newer_chunk_replaces_older_at_the_steps_rate():
     buffer.offer(chunk(T0 + 0.0501, np.ones((16, 3))), T0 + 0.0502)
     assert buffer.due(T0 + 0.0502) is None, "the step that has begun is not begun twice"
     assert buffer.due(T0 + 0.0627).index == 1
+
+
+def test_a_step_that_begins_half_a_step_after_the_last_one_is_handed_out():
+    buffer, dt, motion = ChunkBuffer(), 0.125, np.zeros((4, 3))  # without rounding
+    buffer.offer(Chunk(0.0, dt, motion, None), 0.0)
+    assert buffer.due(0.0).start == 0.0
+    buffer.offer(Chunk(0.0625, dt, motion, None), 0.0625)
+    assert buffer.due(0.0625).start == 0.0625
+
+
+def test_a_chunk_is_late_from_the_moment_on_that_its_last_step_is_over():
+    motion = np.zeros((4, 3))
+    assert ChunkBuffer().offer(Chunk(1.0, 0.125, motion, None), 1.5) == "late chunk"
+    assert ChunkBuffer().offer(Chunk(1.0, 0.125, motion, None), 1.4999) is None
 
 
 def test_late_duplicate_and_out_of_order_chunks_are_dropped_and_counted():
@@ -928,6 +950,235 @@ def test_a_pause_longer_than_a_driver_waits_begins_anew_at_rest():
         arm.assert_inside()
 
 
+# ---- bounds of time, on numbers without rounding
+
+EXACT = GuardConfig(
+    tick=1 / 128, state_timeout=0.125, stream_timeout=0.125, hold_timeout=1.0, max_skew=0.0625, clamp_margin=0.25
+)
+NOW, A_LITTLE = 1024.0, 2.0**-10  # [s]
+
+
+def exact(armed=True):
+    """Return a guard that has measured its arm now."""
+    values = embodiment("position")
+    values["action_dt"] = 1 / 64
+    guard = Guard(parse_robot(values), EXACT)
+    guard.on_state(NOW, HOME)
+    if armed:
+        guard.arm(NOW)
+    return guard
+
+
+def exact_chunk(stamp, motion=(0.0, 0.0, 0.0), **kwargs):
+    return Chunk(stamp, 1 / 64, np.atleast_2d(np.asarray(motion, float)), np.array([-1.0]), **kwargs)
+
+
+@pytest.mark.parametrize("away", [0.125, -0.0625])
+def test_arming_takes_a_state_up_to_its_bounds(away):
+    exact(armed=False).arm(NOW + away)
+    with pytest.raises(ValueError, match="s old; compare the clocks"):
+        exact(armed=False).arm(NOW + away + math.copysign(A_LITTLE, away))
+
+
+def test_a_state_is_fresh_up_to_its_timeout_and_a_clock_apart_up_to_its_skew():
+    for away, says in ((0.125, "state older than 0.125 s"), (-0.0625, "state from the future")):
+        guard = exact()
+        guard.tick(NOW + away)
+        assert guard.state is State.ARMED
+        guard.tick(NOW + away + math.copysign(A_LITTLE, away))
+        assert guard.state is State.FAULT and says in guard.machine.reason
+
+
+def test_a_state_out_of_order_up_to_the_skew_is_dropped_and_beyond_it_a_jump():
+    guard = exact()
+    guard.on_state(NOW, shifted(HOME, 0.01, 0, 0))
+    guard.on_state(NOW - 0.0625, HOME)
+    guard.tick(NOW)
+    assert guard.state is State.ARMED and guard.counts["R0 state out of order"] == 2
+    guard.on_state(NOW - 0.0625 - A_LITTLE, HOME)
+    guard.tick(NOW)
+    assert guard.state is State.HOLDING and "jumped back by 0.063 s" in guard.machine.reason
+
+
+def test_a_measurement_stamped_after_its_arrival_by_more_than_the_skew_is_a_fault():
+    guard = exact()
+    guard.on_state(NOW + 0.0625, HOME, now=NOW)
+    guard.on_state(NOW + 0.07, HOME, now=NOW + 60.0)  # that is old: what to make of it is the tick's
+    assert guard.state is State.ARMED
+    guard.on_state(NOW + 0.125, HOME, now=NOW + 0.0625 - A_LITTLE)
+    assert guard.state is State.FAULT and "0.063 s in the future: compare the clocks" in guard.machine.reason
+    guard.disarm()
+    guard.tick(NOW + 0.125)
+    with pytest.raises(ValueError, match="s in the future: compare the clocks"):
+        guard.arm(NOW + 0.125)
+    guard.on_state(NOW + 0.25, HOME, now=NOW + 0.25)
+    guard.arm(NOW + 0.25)
+
+
+def test_old_stamps_on_their_way_are_no_fault_right_after_the_clock_jumped_back():
+    guard = exact()
+    guard.on_clock_jump(-0.5, NOW - 0.5)
+    guard.on_state(NOW, HOME, now=NOW - 0.5)
+    assert guard.state is State.HOLDING
+    guard.on_state(NOW + 1.0, HOME, now=NOW - 0.4)
+    assert guard.state is State.FAULT and "in the future" in guard.machine.reason
+
+
+def test_a_chunk_ahead_of_now_up_to_the_skew_is_taken():
+    guard = exact()
+    assert guard.on_chunk(exact_chunk(NOW + 0.0625), NOW) is None
+    guard.on_chunk(exact_chunk(NOW + 0.0625 + A_LITTLE), NOW)
+    assert guard.state is State.FAULT and "a chunk is 0.063 s in the future" in guard.machine.reason
+
+
+def test_the_timeouts_of_actions_and_of_a_hold_are_held_to():
+    guard = exact()
+    guard.on_chunk(exact_chunk(NOW + 1 / 128), NOW)
+    guard.tick(NOW)
+    over = NOW + 1 / 128 + 1 / 64  # when the step is
+    for at, state in ((0.125, State.ARMED), (0.125 + A_LITTLE, State.HOLDING)):
+        guard.on_state(over + at, HOME)
+        guard.tick(over + at)
+        assert guard.state is state
+    assert guard.machine.reason == "no action for 0.125 s"
+    held = over + 0.125 + A_LITTLE
+    for at, state in ((1.0, State.HOLDING), (1.0 + A_LITTLE, State.FAULT)):
+        guard.on_state(held + at, HOME)
+        guard.tick(held + at)
+        assert guard.state is state
+    assert guard.machine.reason == "held for 1.0 s (no action for 0.125 s)"
+
+
+def test_a_source_is_silent_after_the_stream_timeout_and_no_sooner():
+    guard = exact()
+    guard.on_heartbeat("policy", NOW)
+    for at, state in ((0.125, State.ARMED), (0.125 + A_LITTLE, State.HOLDING)):
+        guard.on_state(NOW + at, HOME)
+        guard.tick(NOW + at)
+        assert guard.state is state
+    assert "no sign of life" in guard.machine.reason
+
+
+@pytest.mark.parametrize(("last", "state"), [(1.0, State.FAULT), (1.0 + A_LITTLE, State.HOLDING)])
+def test_the_last_three_chunks_that_are_not_finite_count_whatever_came_before(last, state):
+    guard = exact()
+    for at in (-2.0, 0.0, 0.5, last):
+        guard.on_chunk(exact_chunk(NOW + at, (math.nan, 0.0, 0.0)), NOW + at)
+    assert guard.state is state
+
+
+def test_bad_chunks_from_before_a_jump_of_the_clock_are_forgotten():
+    guard = exact()
+    for at in (0.0, 0.25):
+        guard.on_chunk(exact_chunk(NOW + at, (math.nan, 0.0, 0.0)), NOW + at)
+    guard.on_clock_jump(-0.25, NOW)
+    guard.on_chunk(exact_chunk(NOW + 0.125, (math.nan, 0.0, 0.0)), NOW + 0.125)
+    assert guard.state is State.HOLDING
+
+
+def test_without_fresh_state_a_second_after_a_jump_of_the_clock_it_is_a_fault():
+    guard = exact()
+    guard.config = dataclasses.replace(EXACT, hold_timeout=10.0)
+    guard.on_clock_jump(5.0, NOW + 5.0)
+    for at, state in ((1.0, State.HOLDING), (1.0 + A_LITTLE, State.FAULT)):
+        guard.tick(NOW + 5.0 + at)
+        assert guard.state is state
+    assert guard.machine.reason == "state older than 0.125 s"
+
+
+def test_the_grippers_dwell_survives_a_jump_of_the_clock():
+    arm = gripper_arm(gripper_dwell=4 * DT).arm()
+    play_gripper(arm, 1.0)
+    arm.now -= 10.0
+    arm.guard.on_clock_jump(-10.0, arm.now)
+    arm.checker.restart()
+    arm.run(2 * TICK)
+    assert play_gripper(arm, *[0.0] * 6)[-1] == 0.0
+
+
+def test_a_delta_is_another_unit_from_twenty_half_ranges_outside_on():
+    for excess, state in ((19.5, State.ARMED), (20.5, State.FAULT)):
+        guard = exact()
+        guard.on_chunk(exact_chunk(NOW + 1 / 128, ((1 + excess) * guard.robot.motion.high[0], 0.0, 0.0)), NOW)
+        assert guard.state is state
+
+
+def test_a_chunk_that_is_left_out_makes_room_for_the_next_one():
+    guard = exact()
+    guard.approval = True
+    guard.leave_out(7)  # none waits
+    guard.on_chunk(exact_chunk(NOW, id=7), NOW)
+    guard.leave_out(6)
+    assert guard.pending is not None and guard.pending.id == 7
+    assert guard.on_chunk(exact_chunk(NOW, id=8), NOW) == "out-of-order chunk"
+    assert guard.on_chunk(exact_chunk(NOW + A_LITTLE, id=9), NOW) is None
+    assert guard.pending.id == 7 and guard.counts["chunks while one waits"] == 1, "what is looked at stays"
+    guard.leave_out(7)
+    assert guard.pending is None
+    guard.on_chunk(exact_chunk(NOW + 2 * A_LITTLE, id=10), NOW)
+    assert guard.pending.id == 10
+
+
+def test_an_approved_chunk_begins_with_the_next_ticks_command():
+    guard = exact()
+    guard.approval = True
+    guard.on_chunk(exact_chunk(NOW, id=7), NOW)
+    guard.approve(7, NOW)
+    _, executed = guard.tick(NOW + 1 / 128)
+    assert executed is not None and executed.step.chunk.id == 7 and executed.step.index == 0
+
+
+def test_a_tick_moves_by_one_period():
+    def moved(*periods):
+        guard = exact()
+        guard.on_chunk(exact_chunk(NOW + 1 / 128, (0.008, 0.0, 0.0)), NOW)
+        guard.tick(NOW)
+        command, _ = guard.tick(NOW + 1 / 64, *periods)
+        assert command is not None
+        return command.configuration[0]
+
+    assert 0 < moved() == moved(1) < moved(2)
+
+
+def test_a_guard_begins_with_nothing_counted_and_at_full_speed():
+    guard = exact(armed=False)
+    assert [guard.to_dict()[r] for r in ("R0", "R1", "R2", "R3")] == [0, 0, 0, 0]
+    assert guard.to_dict()["speed_scale"] == 1.0
+    guard.set_speed(1.0)
+
+
+def test_arming_waits_until_the_arm_stands():
+    arm = Arm().arm()
+    arm.offer(arm.ahead(0, 0.005))
+    arm.run(0.1)
+    arm.guard.fault("a test", arm.now)
+    with pytest.raises(ValueError, match="not armed: still decelerating"):
+        arm.guard.arm(arm.now)
+    arm.run(0.2)
+    arm.guard.arm(arm.now)
+
+
+def test_the_lag_behind_the_goal_is_told():
+    arm = Arm().arm()
+    assert arm.guard.to_dict()["lag_m.max"] == 0
+    arm.offer(arm.ahead(0, 0.005))
+    arm.run(0.1)
+    assert 0 < arm.guard.to_dict()["lag_m.max"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("motion", "says"), [(np.full(3, np.nan), "not finite"), (shifted(HOME, 0.1, 0, 0), "speed of tool")]
+)
+def test_a_path_that_would_leave_the_envelope_is_not_sent_and_is_a_fault(motion, says):
+    arm = Arm().arm().run(0.05)
+    before = arm.last
+    arm.guard.tracker.toward = lambda goal, velocity: Motion(motion, np.zeros(3), np.zeros(3))
+    arm.run(3 * TICK)
+    np.testing.assert_array_equal(arm.last, before)
+    assert arm.state is State.FAULT and arm.reason.startswith(f"the path would leave the envelope: {says}")
+    assert arm.guard.counts["envelope_stops"] == 1 and not arm.checker.violations
+
+
 # ---- obstacles
 
 
@@ -979,8 +1230,9 @@ def test_joint_commands_keep_the_tool_speed_and_the_workspace():
     arm.assert_inside()
 
 
-def test_a_tool_stays_out_of_the_keep_out_boxes():
-    values = embodiment("position")
+@pytest.mark.parametrize("space", ["position", "pose"])
+def test_a_tool_stays_out_of_the_keep_out_boxes(space):
+    values = embodiment(space)
     values["limits"]["keep_out"] = [{"low": [0.1, 0.0, 0.0], "high": [0.2, 1.0, 1.0]}]
     arm = Arm(values).arm()
     for _ in range(10):
@@ -1296,3 +1548,41 @@ def test_an_embodiment_from_before_drivers_is_read_as_it_was():
     driver = parse_robot(values).driver
     assert (driver.command, driver.command_topic, driver.pose_topic) == ("pose", "/target_pose", "/tool_pose")
     assert (driver.gripper_direction, driver.gripper_hysteresis, driver.required_mode) == (1, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"workspace_high": None}, "no limits.workspace_low, limits.workspace_high"),
+        ({"keep_out": [{"low": [0, 0, 0], "high": [1, 1, 1], "name": "table"}]}, "unknown name"),
+        ({"keep_out": [{"low": [0, 0, 0], "high": [1, 0, 1]}]}, "low must be below high"),
+        (
+            {"capsules": [{"link": "a", "radius": 0.1, "start": [0, 0, 0], "end": [0, 1]}]},
+            "end must be 3 finite numbers",
+        ),
+        ({"capsules": [{"link": "a", "radius": 0, "start": [0, 0, 0], "end": [0, 1, 0]}]}, "radius must be a positive"),
+        ({"capsules": [{"link": "a", "radius": -1, "start": [0] * 3, "end": [0, 1, 0]}]}, "radius must be a positive"),
+        ({"max_speed": True}, "max_speed must be a positive number, got True"),
+    ],
+)
+def test_limits_that_make_no_sense_are_named(changes, says):
+    values = embodiment("position")
+    values["limits"].update(changes)
+    with pytest.raises(ValueError, match=says):
+        Guard(parse_robot(values), CONFIG)
+
+
+def test_fields_and_joints_that_make_no_sense_are_named():
+    values = embodiment("joint")
+    values["limits"]["joints"]["velocity"][2] = True
+    with pytest.raises(ValueError, match="velocity must be a finite number, got True for joint5"):
+        parse_robot(values)
+    values = embodiment("position")
+    values["action"][0].update(low=[0.0] * 3, high=[0.0] * 3)
+    with pytest.raises(ValueError, match="every low must be below its high"):
+        parse_robot(values)
+    for names in (["", *JOINTS[1:]], [1, *JOINTS[1:]], "joints"):
+        values = embodiment("joint")
+        values["driver"]["joints"] = names
+        with pytest.raises(ValueError, match="joints must be a list of names"):
+            parse_robot(values)
