@@ -1586,3 +1586,12 @@ def test_fields_and_joints_that_make_no_sense_are_named():
         values["driver"]["joints"] = names
         with pytest.raises(ValueError, match="joints must be a list of names"):
             parse_robot(values)
+
+
+def test_a_tool_that_moves_in_a_plane_is_for_a_policy_and_not_for_the_guard():
+    values = embodiment("cartesian")
+    (hand,) = [f for f in values["action"] if f["kind"] == "ee_position"]
+    hand |= {"size": 2, "low": hand["low"][:2], "high": hand["high"][:2]}
+    with pytest.raises(ValueError, match=r"moves a tool in space; .* has 2 values, not 3"):
+        parse_robot(values)
+    assert parse_robot(values, need_limits=False).motion.size == 2

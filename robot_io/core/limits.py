@@ -210,6 +210,8 @@ def parse_robot(values: Mapping[str, Any], need_limits: bool = True) -> Robot:
         raise ValueError(
             f"{where}: no {'; no '.join(missing)}: the guard does not move it; add them to the embodiment file"
         )
+    if need_limits and motion.kind == "ee_position" and motion.size != len(POSITION):
+        raise ValueError(f"{where}: the guard moves a tool in space; {motion.name} has {motion.size} values, not 3")
     return Robot(
         name=values["name"],
         state=tuple(_field(f, where) for f in values["state"]),
