@@ -7,7 +7,6 @@ window of a dataset comes once per epoch of that dataset, in an order of its own
 from __future__ import annotations
 
 import itertools
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -167,38 +166,60 @@ class Watched:
     def __init__(self, batches: DataLoader, first_step: int, timeout: float) -> None:
         self._batches, self._first, self._timeout = batches, first_step, timeout
         self._workers: list[BaseProcess] = []
+        self._waiting = self._hung = ""  # for what, and which worker was found to be stopped
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises RuntimeError naming the worker's process and the step it should have brought; or its own error."""
-        others = set(active_children())
+        others, over = set(active_children()), threading.Event()
         batches = iter(self._batches)
         self._workers += [p for p in active_children() if p not in others]
-        workers = self._workers
-        for step in itertools.count(self._first):
-            stopped, began = set(), time.monotonic()
-            while True:
-                try:
-                    batch = next(batches)
-                    break
-                except StopIteration:
+        if self._workers:
+            threading.Thread(target=self._look, args=(over,), name="loader", daemon=True).start()
+        try:
+            for step in itertools.count(self._first):
+                self._waiting = f"batch of step {step}"
+                batch = self._next(batches)
+                self._waiting = ""
+                if batch is None:
                     return
-                except RuntimeError as e:
-                    # torch's timeout: nothing is lost, the same batch may be asked for again
-                    late = time.monotonic() - began
-                    if "timed out" not in str(e) or late > self._timeout:
-                        raise RuntimeError(f"batch of step {step}: {_last_line(e)}; {_states(workers)}") from None
-                    seen = {p.pid for p in workers if _state(p) in "Tt"}
-                    if seen & stopped:
-                        what = _states(workers)
-                        _end(workers)
-                        raise RuntimeError(
-                            f"batch of step {step} did not come for {late:.0f} s: {what}; a stopped worker "
-                            "was suspended from outside (kill -CONT) or is being debugged"
-                        ) from None
-                    stopped = seen
-                except Exception as e:
+                yield batch
+        finally:
+            over.set()
+
+    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+        began = time.monotonic()
+        while True:
+            try:
+                return next(batches)
+            except StopIteration:
+                return None
+            except Exception as e:
+                late = time.monotonic() - began
+                if self._hung:
+                    raise RuntimeError(
+                        f"{self._waiting} did not come for {late:.0f} s: {self._hung}; a stopped worker was suspended "
+                        "from outside (kill -CONT) or is being debugged"
+                    ) from None
+                if not isinstance(e, RuntimeError):
                     raise type(e)(_last_line(e)) from None
-            yield batch
+                if "timed out" not in str(e) or late > self._timeout:
+                    raise RuntimeError(f"{self._waiting}: {_last_line(e)}; {_states(self._workers)}") from None
+                # torch's timeout: nothing is lost, the same batch may be asked for again
+
+    def _look(self, over: threading.Event) -> None:
+        """End workers of which one is stopped at two looks in a row while a batch is waited for.
+
+        In a thread of its own: torch's timeout does not come if a worker stops while it hands a batch over.
+        """
+        stopped: set[int | None] = set()
+        while not over.wait(LOOK):
+            seen = {p.pid for p in self._workers if _state(p) in ("T", "t")} if self._waiting else set()
+            if seen & stopped:
+                self._hung = _states(self._workers)
+                for worker in self._workers:
+                    worker.kill()  # a stopped one would not hear a kinder word; torch then raises where it waits
+                return
+            stopped = seen
 
 
 def _last_line(error: Exception) -> str:
@@ -206,15 +227,6 @@ def _last_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     wrapped = lines and lines[0].startswith("Caught ")
     return lines[-1].removeprefix(f"{type(error).__name__}: ") if wrapped else str(error)
-
-
-def _end(workers: Sequence[BaseProcess]) -> None:
-    """Kill workers: a stopped one would not hear a kinder word, and Python waits for it at its own end."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise at this
-    for worker in workers:
-        worker.kill()
-        worker.join()
 
 
 def _states(workers: Sequence[BaseProcess]) -> str:
