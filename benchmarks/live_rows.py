@@ -177,14 +177,16 @@ def node_latency(tier: str) -> list[Case]:
     config = compose("train", ["policy=dita_tiny"], TrainConfig).policy
     spec, domain = bench_arm(), 87
     others = busy_cores()
-    with TemporaryDirectory() as at, ExitStack() as stack:
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        at, robot = f"{folder}/policy", Path(folder) / "bench_arm.json"
         save_policy(made_up(spec, config), Path(at))
+        robot.write_text(canonical_json(embodiment_to_dict(spec)), encoding="utf-8")
         children = stack.enter_context(Children())
         port = _free_port()
         children.start("http", [sys.executable, "-m", "benchmarks.act_server", at, str(port)])
         bus_arguments = {"kind": "dds", "domain_id": domain}
         policy = {
-            "bus": bus_arguments, "checkpoint": at, "embodiment": spec.name, "seed": 0, "num_inference_steps": None,
+            "bus": bus_arguments, "checkpoint": at, "embodiment": str(robot), "seed": 0, "num_inference_steps": None,
             "device": "cpu", "precision": "fp32", "path": "auto", "slop": 0.033, "max_age": 0.15, "interval": 0.0,
         }  # fmt: skip
         guard = {

@@ -256,7 +256,7 @@ def test_what_does_not_exist_is_refused():
     from dita.envs.choice import ChoiceEnv
 
     spec = load_embodiment("choice_hand")
-    with pytest.raises(ValueError, match=r"unknown camera of choice 'frnt'; did you mean front"):
+    with pytest.raises(ValueError, match=r"unknown camera of touch-red 'frnt'; did you mean front"):
         ChoiceEnv(replace(spec, cameras=(replace(spec.cameras[0], name="frnt"),)), "touch-red", 10)
     with pytest.raises(ValueError, match=r"unknown task 'touch-yellow'"):
         ChoiceEnv(spec, "touch-yellow", 10)

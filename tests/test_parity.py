@@ -138,7 +138,8 @@ def through_ros(instants: list[RawObservation], preprocessor: Preprocessor) -> O
     seen.clear()
     for i in (STRIDE, 2 * STRIDE):
         env.frame, bus.time = instants[i], i / spec.control_hz
-        twin._send_images(bus.time)
+        twin._send_state(bus.time, env.frame.state)
+        twin._send_images(bus.time, env.frame)
     return preprocessor.observe([preprocessor.window(seen[-1], spec.name)])
 
 

@@ -23,6 +23,7 @@ from two_ranks import with_patch
 
 from dita import checkpoint
 from dita.checkpoint import NoSpace, last_checkpoint, load_policy
+from dita.cli import compose
 from dita.config import EvalConfig, ValidationConfig
 from dita.datasets import mixture
 from dita.distributed import ALONE
@@ -289,7 +290,7 @@ def test_worse_checkpoints_are_flagged_only_beyond_chance(store, tmp_path, monke
     from dita.statistics import Rate, rate
     from dita.validate import validate
 
-    rollouts = EvalConfig("", None, 20, 0, 1, 1, None, None, 0, "cpu", 1, False)  # pyright: ignore
+    rollouts = compose("eval", ["episodes=20", "videos=0"], EvalConfig)
     config = config_for(store, tmp_path, validation=ValidationConfig(1, 0.0, 8, rollouts))
     wins = {1: 10, 2: 8, 3: 1, 4: 16, 5: 9}
 

@@ -120,7 +120,8 @@ class DitaModel(nn.Module):
             valid.append(torch.ones_like(observation.image_valid[:, 0, :1]))
         if visual is None:
             c = instruction.mean.repeat_interleave(frames * views, dim=0)  # [btv d]
-            visual = self.see(observation.images.flatten(0, 2), c).unflatten(0, (-1, frames * views)).flatten(1, 2)
+            b = len(observation.images)
+            visual = self.see(observation.images.flatten(0, 2), c).unflatten(0, (b, frames * views)).flatten(1, 2)
         tokens.append(visual)  # [b tvq d]
         valid.append(observation.image_valid.flatten(1).repeat_interleave(self.vision.tokens, dim=1))
         prefix = self._extend(torch.cat(tokens, dim=1), torch.cat(valid, dim=1), instruction.prefix)
