@@ -160,6 +160,8 @@ def test_weights_that_are_not_finite_are_never_saved(store, tmp_path) -> None:  
     assert last_checkpoint(tmp_path / "run").name == "0000001"
 
 
+# a worker that ends while it hands over leaves torch's half of the socket to the collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_dies_or_hangs_is_named(number: int, store, tmp_path, monkeypatch) -> None:  # noqa: F811
     monkeypatch.setattr(mixture, "LOOK", 0.5)

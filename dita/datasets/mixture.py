@@ -200,6 +200,8 @@ class Watched:
                         f"{self._waiting} did not come for {late:.0f} s: {self._hung}; a stopped worker was suspended "
                         "from outside (kill -CONT) or is being debugged"
                     ) from None
+                if isinstance(e, (EOFError, ConnectionError)):  # a worker left while it handed the batch over
+                    raise RuntimeError(f"{self._waiting}: {type(e).__name__}; {_states(self._workers)}") from None
                 if not isinstance(e, RuntimeError):
                     raise type(e)(_last_line(e)) from None
                 if "timed out" not in str(e) or late > self._timeout:
