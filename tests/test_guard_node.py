@@ -146,9 +146,10 @@ class Bus:
 class Rig:
     """A guard, an arm that does what it is told, and whoever talks to them."""
 
-    def __init__(self, embodiment, require_preflight=False, start=None, contract=True, **config):
+    def __init__(self, embodiment, require_preflight=False, start=None, contract=True, settle=0.0, **config):
         self.bus, self.embodiment = Bus(), embodiment
-        self.node = GuardNode(self.bus, replace(CONFIG, **config), embodiment, require_preflight=require_preflight)
+        required = {"require_preflight": require_preflight, "settle": settle}
+        self.node = GuardNode(self.bus, replace(CONFIG, **config), embodiment, **required)
         self.bus.on_stop(self.node.on_stop)
         self.joint = self.node.robot.space.name == "joint"
         self.x = np.array(start if start is not None else ([0.0, 0.5] if self.joint else START), float)
@@ -1024,3 +1025,10 @@ def test_joint_commands_keep_the_tools_speed(tmp_path):
         return np.linalg.norm(np.diff(tools, axis=0), axis=1).max() / TICK
 
     assert peak(max_speed=0.2) <= 0.2 + 1e-6 < peak(max_speed=5.0)
+
+
+def test_a_guard_that_has_just_joined_listens_before_it_arms():
+    rig = Rig(joint_arm(), settle=0.5)
+    assert "just joined and listens for 0.5 s" in rig.arm()["refused"] and rig.said["state"] == "IDLE"
+    rig.run(0.51)
+    assert rig.arm()["state"] == "ARMED"

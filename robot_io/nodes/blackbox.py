@@ -9,6 +9,7 @@ import math
 import shutil
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -58,6 +59,7 @@ TYPES = get_typestore(Stores.ROS2_JAZZY)
 QUALITY = 85  # of the pictures kept: for people, not for training
 IMAGE_SHARE = 0.75  # of the memory
 GAP_S = 0.05  # between two commands: no speed is drawn across it
+WARM_S = 10.0  # after which it imports what it will draw with, if it has not had to by then
 QUEUE = 320  # a black box misses nothing while it writes
 
 
@@ -492,7 +494,10 @@ def run(*, bus: Mapping[str, Any], embodiment: Any, folder: str, show: Optional[
     if show is not None:
         print("\n".join(timeline(Path(show))))
         return
+    node = BlackBoxNode(open_bus(name="blackbox", **bus), load_robot(embodiment)[0], Path(folder), **values)
     be_nice(10)  # what it draws and writes may wait, a robot may not
-    import matplotlib.backends.backend_agg  # noqa: F401 now: it takes a second, and the first record comes in trouble
-
-    serve(BlackBoxNode(open_bus(name="blackbox", **bus), load_robot(embodiment)[0], Path(folder), **values))
+    # it takes a second, and the first record comes in trouble
+    warm = threading.Timer(WARM_S, import_module, args=("matplotlib.backends.backend_agg",))
+    warm.daemon = True
+    warm.start()
+    serve(node)

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
@@ -139,12 +138,15 @@ class GuardNode:
         embodiment: Union[str, Path, Mapping[str, Any]],
         *,
         require_preflight: bool,
+        settle: float = 0.0,
     ) -> None:
         """Join the graph.
 
         Args:
             embodiment: this robot's own file or plain values, with limits and driver.
             require_preflight: refuse to arm until /dita/preflight says that this contract passed.
+            settle: refuse to arm for so long after joining [s]: discovery takes time to find other writers of commands,
+                and the policy's contract to come.
 
         Raises:
             OSError, ValueError: as `load_robot`.
@@ -157,6 +159,7 @@ class GuardNode:
         self.timing = LoopTiming(config.tick)
         self._contract: Optional[Dict[str, Any]] = None  # the newest one; compared when nothing moves
         self._require_preflight = require_preflight
+        self._settled_at, self._settle = bus.steady() + settle, settle
         self._preflight: Dict[str, Any] = {}  # the newest verdict
         self._problems: Dict[str, str] = {}  # what keeps it from arming, by topic
         self._mismatches: List[str] = []
@@ -308,6 +311,8 @@ class GuardNode:
         """
         self._adopt()
         problems = [*self._problems.values(), self._preflight_problem(), *self._blind()]
+        if self.bus.steady() < self._settled_at:
+            problems.append(f"it has just joined and listens for {self._settle:g} s who else is there: ask again")
         listed = [problem for problem in problems if problem]
         try:
             if listed and self.guard.state not in (State.ARMED, State.HOLDING):
@@ -711,8 +716,7 @@ def run(
     config = GuardConfig(tick=1.0 / tick_hz, **limits)
     _take_priority()
     joined = open_bus(name="guard", **bus)
-    time.sleep(SETTLE_S)  # until it knows who else writes commands: nobody can arm it before
-    serve(GuardNode(joined, config, embodiment, require_preflight=require_preflight))
+    serve(GuardNode(joined, config, embodiment, require_preflight=require_preflight, settle=SETTLE_S))
 
 
 def from_parameters(bus: Bus) -> GuardNode:
