@@ -331,7 +331,7 @@ def main() -> None:
     lines = {n: {m: set(v) for m, v in t["lines"].items()} for n, t in covered.items()}
     texts = {m: (CORE / f"{m}.py").read_text(encoding="utf-8").splitlines() for m in MODULES}
     done = 0
-    for part, module in itertools.product(range(PARTS), options.modules):
+    for part, module in [(part, module) for part in range(PARTS) for module in options.modules]:
         for name, tree, statement in mutants(module):
             todo = known.get(name) == "survived" if options.survivors else name not in known
             if not todo or done >= options.limit or part_of(name) != part or name in equivalent:
