@@ -342,7 +342,7 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
         from dita.distributed import ranks_of_environment
         from dita.dry_run import dry_run
 
-        dry_run(config, args.ranks or ranks_of_environment()[1])
+        dry_run(config, ranks_of_environment()[1] if args.ranks is None else args.ranks)
         return
     from dita.train import train
 

@@ -28,8 +28,10 @@ def dry_run(config: TrainConfig, world: int) -> dict[str, float]:
         world: processes of the job.
 
     Raises:
-        ValueError: the batch does not divide, or a store does not fit.
+        ValueError: no processes, the batch does not divide, or a store does not fit.
     """
+    if world < 1:
+        raise ValueError(f"--ranks {world}: a job has one process or more")
     share, micro = rows_of(config, Ranks(0, world))
     data = open_data(replace(config, data=replace(config.data, cache="mmap"))) if config.data.stores else None
     contract = (
