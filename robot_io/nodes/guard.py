@@ -52,7 +52,7 @@ WATCH_S = 0.05  # how often the command topic's writers are looked at: a second 
 STOP_S = 4.0  # after which the process leaves even if it still moves: the driver's timeout holds the arm then
 STANDING_S = 1.0  # that a policy gets, once it is asked to act, to take back what it said before
 DIAGNOSE_S = 0.5  # so that what was dropped is named within a second
-SETTLE_S = 0.5  # that discovery takes to find the others
+SETTLE_S = 1.0  # that discovery takes to find the others; 0.5 s was too short on two busy cores
 MOST_STEPS = 1024  # of a chunk
 HALVES = 8  # of chunks that wait for the other half
 SHOWN = 3  # differences that are named in one line
@@ -732,7 +732,8 @@ def from_parameters(bus: Bus) -> GuardNode:
         raise ValueError("set its parameters (embodiment, tick_hz, ...), as launch/dita.launch.py does")
     config = GuardConfig(tick=1.0 / tick_hz, **values)
     _take_priority()
-    return GuardNode(bus, config, embodiment, require_preflight=bus.param("require_preflight", True))
+    required = bus.param("require_preflight", True)
+    return GuardNode(bus, config, embodiment, require_preflight=required, settle=SETTLE_S)
 
 
 def _take_priority() -> None:
