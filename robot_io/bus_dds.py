@@ -131,6 +131,7 @@ def _struct(type: str) -> Type[IdlStruct]:
     """
     package, _, name = type.split("/")
     fields = {field: _annotation(desc) for field, desc in _fields(type)}
+    TYPES.get_msgdef(type)  # compiles the serialiser; the first message would, for 50 ms in the middle of ticks
     struct: Any = make_idl_struct(f"{name}_", f"{package}.msg.dds_.{name}_", fields, dataclassify=False)
     struct.__init__ = lambda self, message: setattr(self, "message", message)
     struct.serialize = lambda self, **_: bytes(TYPES.serialize_cdr(self.message, type))

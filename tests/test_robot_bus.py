@@ -479,6 +479,21 @@ def test_bytes_that_are_no_message_are_said_and_end_nobody(capfd, monkeypatch):
     bus.close()
 
 
+def test_no_message_waits_for_its_serialiser_to_be_compiled(monkeypatch):
+    def late(lines):
+        raise AssertionError("compiled in the middle of a guard's ticks")
+
+    TYPES.cache.clear()
+    _struct.cache_clear()
+    bus, heard = DdsBus("compiled", DOMAIN), []
+    bus.subscribe("/compiled", m.JOINT_STATE, STATE, lambda x: heard.append(x.name))
+    publisher = bus.publisher("/compiled", m.JOINT_STATE, STATE)
+    monkeypatch.setattr("rosbags.serde.cdr.compile_lines", late)
+    until(bus, lambda: heard, lambda: publisher.publish(m.joints_to_ros(message, T, {"a": 1.0})))
+    assert heard[0] == ["a"]
+    bus.close()
+
+
 def test_closing_twice_and_publishing_afterwards_is_quiet():
     bus = DdsBus("closing", DOMAIN)
     publisher = bus.publisher("/closing", m.STRING, STATE)
