@@ -113,6 +113,10 @@ class Checker:
             if limits.get("max_angular_speed"):
                 turn = [limits[k] for k in ("max_angular_speed", "max_angular_acceleration", "max_angular_jerk")]
                 self.groups.append(("rotation", slice(3, 6), turn))
+        self._starts = [axes.start for _, axes, _ in self.groups]
+        self._bounds = np.array([bounds for _, _, bounds in self.groups]).T  # [order, group]
+        # a rotation's increments do not commute within a late tick
+        self._loose_uneven = np.array([5e-2 if name == "rotation" else 1e-3 for name, _, _ in self.groups])
         self.violations: Counter = Counter()
         self.commands = 0
         self._samples: deque[tuple[float, np.ndarray]] = deque(maxlen=4)  # times, and the path laid out flat
@@ -143,23 +147,19 @@ class Checker:
         if self._samples and stamp - self._samples[-1][0] > 0.05:  # as the reader on the wire: a new stream
             self._samples.clear()
         self._samples.append((stamp, flat))
-        for order in (1, 2, 3):
-            if len(self._samples) > order:
-                self._check(order)
+        self._check()
 
-    def _check(self, order: int) -> None:
-        samples = list(self._samples)[-order - 1 :]
-        times, values = [t - samples[0][0] for t, _ in samples], [v for _, v in samples]
-        for k in range(1, order + 1):
-            values = [(b - a) / (times[i + k] - times[i]) for i, (a, b) in enumerate(pairwise(values))]
-        shortest = min(b - a for a, b in pairwise(times))
-        uneven = max(b - a for a, b in pairwise(times)) > 1.1 * shortest
-        for name, axes, bounds in self.groups:
-            value = math.factorial(order) * float(np.linalg.norm(values[0][axes]))
-            slack = 2**order * bounds[0] * 1e-6 / shortest**order  # of stamps as float64
-            loose = 5e-2 if name == "rotation" and uneven else 1e-3  # increments within a late tick do not commute
-            if value > bounds[order - 1] * (1 + loose) + slack:
-                self.violations[f"{('speed', 'acceleration', 'jerk')[order - 1]} of {name}"] += 1
+    def _check(self) -> None:
+        times, values = [t for t, _ in self._samples], [v for _, v in self._samples]
+        steps = [b - a for a, b in pairwise(times)]
+        for order in range(1, len(times)):  # the last entry of each level has the newest samples only
+            values = [(b - a) / (times[i + order] - times[i]) for i, (a, b) in enumerate(pairwise(values))]
+            shortest, longest = min(steps[-order:]), max(steps[-order:])
+            found = math.factorial(order) * np.sqrt(np.add.reduceat(values[-1] ** 2, self._starts))
+            loose = self._loose_uneven if longest > 1.1 * shortest else 1e-3
+            slack = 2**order * self._bounds[0] * 1e-6 / shortest**order  # of stamps as float64
+            for i in (found > self._bounds[order - 1] * (1 + loose) + slack).nonzero()[0]:
+                self.violations[f"{('speed', 'acceleration', 'jerk')[order - 1]} of {self.groups[i][0]}"] += 1
 
 
 class Arm:
