@@ -1,6 +1,7 @@
 """Mutate the guard's core, one small change at a time, and count what tests/test_guard.py notices.
 
-python benchmarks/mutation.py [--modules guard limits] [--limit 50] [--survivors]; resumes, writes its page in docs.
+python benchmarks/mutation.py [--modules guard limits] [--limit 50] [--survivors] [--workers 2]; resumes from
+docs/evidence/mutation.json, of which a module that has changed begins anew, and writes its page beside it.
 Each mutant runs in a fork that imports the changed module in place of the real one and calls the tests that reach the
 changed line, the quickest first, until one fails. Times are of the processor: a busy machine kills no mutant.
 Docstrings, type hints and the texts of messages are not mutated; everything else that an operator below touches is.
@@ -33,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "robot_io" / "core"
 MODULES = ("guard", "limits", "chunk_buffer", "space", "tracker")
-RESULTS = ROOT / "build" / "mutation.json"
+RESULTS = ROOT / "docs" / "evidence" / "mutation.json"  # {"sources": {module: digest}, "mutants": {name: outcome}}
 TRIED = ROOT / "build" / "mutation_tried.json"  # survivor -> the tests that it survived
 REACHED = ROOT / "build" / "mutation_reached.json"
 EQUIVALENT = ROOT / "benchmarks" / "mutation_equivalent.json"
@@ -188,8 +189,8 @@ def call(function: Any, values: dict[str, Any]) -> None:
         patch.undo()
 
 
-def child(work: Callable[[], int], limit_s: float) -> int | None:
-    """Return what work returns in a fork, another number if that broke, None if it took too long."""
+def start(work: Callable[[], int], limit_s: float) -> int:
+    """Begin work in a fork, which ends with what it returns, or another number if that broke; return its process."""
     pid = os.fork()
     if pid == 0:
         code = 99
@@ -202,13 +203,11 @@ def child(work: Callable[[], int], limit_s: float) -> int | None:
                 del sys.modules[name]
             code = work()
         os._exit(code)
-    _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return None if code in (-9, -24) else code  # SIGKILL and SIGXCPU, which come of the limit
+    return pid
 
 
-def run(module: str, tree: ast.Module, chosen: list[str], limit_s: float) -> str:
-    """Return "survived", "timeout" or "killed by" a test for one mutant."""
+def run(module: str, tree: ast.Module, chosen: list[str], limit_s: float) -> int:
+    """Begin the tests of one mutant in a fork; return its process."""
 
     def work() -> int:
         sys.meta_path.insert(0, Changed(f"robot_io.core.{module}", tree))
@@ -220,12 +219,17 @@ def run(module: str, tree: ast.Module, chosen: list[str], limit_s: float) -> str
                 return 1 + min(i, 90)
         return 0
 
-    code = child(work, limit_s)
-    if code is None:
+    return start(work, limit_s)
+
+
+def outcome(status: int, chosen: list[str]) -> str:
+    """Return "survived", "timeout" or "killed by" a test, of how a mutant's process ended."""
+    code = os.waitstatus_to_exitcode(status)
+    if code in (-9, -24):  # SIGKILL and SIGXCPU, which come of the limit
         return "timeout"
     if code == 0:
         return "survived"
-    return f"killed by {chosen[code - 1]}" if code <= 90 and code <= len(chosen) else "killed"
+    return f"killed by {chosen[code - 1]}" if 0 < code <= min(90, len(chosen)) else "killed"
 
 
 # ---- which test reaches which line
@@ -312,6 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--limit", type=int, default=10**9, help="mutants to run now")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="mutants at a time")
     parser.add_argument("--survivors", action="store_true", help="run again what survived, after better tests")
     options = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -323,38 +328,61 @@ def main() -> None:
     )
     hypothesis.settings.load_profile("mutation")
     hypothesis.core.global_force_seed = 0
-    RESULTS.parent.mkdir(exist_ok=True)
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    TRIED.parent.mkdir(exist_ok=True)
+    known = recorded()
     equivalent = json.loads(EQUIVALENT.read_text()) if EQUIVALENT.exists() else {}
     tried = json.loads(TRIED.read_text()) if TRIED.exists() else {}
     covered = reached()
     lines = {n: {m: set(v) for m, v in t["lines"].items()} for n, t in covered.items()}
     texts = {m: (CORE / f"{m}.py").read_text(encoding="utf-8").splitlines() for m in MODULES}
-    done = 0
+    running: dict[int, tuple[str, list[str], list[str]]] = {}
+
+    def finish() -> None:
+        pid, status = os.wait()
+        name, chosen, reaching = running.pop(pid)
+        known[name] = outcome(status, chosen)
+        if known[name] == "survived":
+            tried[name] = reaching
+        print(f"{known[name]}: {name}", flush=True)
+        save(known, tried)
+
+    begun = 0
     for part, module in [(part, module) for part in range(PARTS) for module in options.modules]:
         for name, tree, statement in mutants(module):
             todo = known.get(name) == "survived" if options.survivors else name not in known
-            if not todo or done >= options.limit or part_of(name) != part or name in equivalent:
+            if not todo or begun >= options.limit or part_of(name) != part or name in equivalent:
                 continue
+            while len(running) >= options.workers:
+                finish()
             reaching = sorted(choose(module, statement, lines, texts), key=lambda n: covered[n]["s"])
             chosen = [n for n in reaching if n not in tried.get(name, ())]
             limit_s = GRACE_S + PATIENCE * sum(covered[n]["s"] for n in chosen)
-            known[name] = run(module, tree, chosen, limit_s)
-            if known[name] == "survived":
-                tried[name] = reaching
-            done += 1
-            print(f"{part} {known[name]}: {name}", flush=True)
-            if done % 10 == 0 or known[name] == "survived":
-                save(known, tried)
-    save(known, tried)
+            running[run(module, tree, chosen, limit_s)] = (name, chosen, reaching)
+            begun += 1
+    while running:
+        finish()
     left = Counter(m for m in MODULES for n, _, _ in mutants(m) if n not in known and n not in equivalent)
     print(f"mutants left to run: {dict(left) or 0}")
     write(known)
 
 
+def sources() -> dict[str, str]:
+    """Return a digest of each module as it is."""
+    return {m: hashlib.sha256((CORE / f"{m}.py").read_bytes()).hexdigest()[:12] for m in MODULES}
+
+
+def recorded() -> dict[str, str]:
+    """Return the outcomes of earlier runs, {mutant: outcome}, but for modules that have changed since."""
+    if not RESULTS.exists():
+        return {}
+    values, now = json.loads(RESULTS.read_text()), sources()
+    same = {m for m in MODULES if values["sources"].get(m) == now[m]}
+    return {name: found for name, found in values["mutants"].items() if name.partition(":")[0] in same}
+
+
 def save(known: dict[str, str], tried: dict[str, list[str]]) -> None:
     """Keep the results for the next run."""
-    RESULTS.write_text(json.dumps(known, indent=0, sort_keys=True))
+    RESULTS.write_text(json.dumps({"sources": sources(), "mutants": known}, indent=0, sort_keys=True) + "\n")
     TRIED.write_text(json.dumps(tried))
 
 
