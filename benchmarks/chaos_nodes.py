@@ -32,7 +32,7 @@ import yaml
 
 from robot_io import messages as m
 from robot_io.bus import LATCHED, STATE, Bus, open_bus
-from robot_io.nodes.serve import serve
+from robot_io.nodes.serve import be_nice, serve
 
 INJECT = "/chaos/inject"  # harness -> nodes: String, JSON
 APPLIED = "/chaos/applied"  # nodes -> harness: String, JSON; at = monotonic clock, which all processes share
@@ -942,6 +942,8 @@ def main(role: str, arguments: Mapping[str, Any]) -> None:
     bus: Any = open_bus("dds", role, domain, loss_permille=loss)
     if role in ("twin", "policy", "guard"):
         bus = InjectBus(bus)
+    if role in ("twin", "reader"):  # they stand for hardware, and for a clock: neither may be late because others compute
+        be_nice(-10)
     serve(ROLES[role](bus=bus, **values))
 
 

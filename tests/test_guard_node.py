@@ -879,6 +879,23 @@ def test_halves_that_are_repeated_late_keep_no_others_from_meeting(topic):
     assert sum(len(waiting) for waiting in rig.node._halves.values()) <= 16
 
 
+def test_half_a_chunk_is_counted_when_it_comes_again_and_when_it_stays_alone():
+    rig = Rig(joint_arm())
+    rig.arm()
+    counts, send = rig.node.guard.counts, rig.bus.send
+    halves = []
+    rig.bus.send = lambda name, message: send(name, message) if name != topics.CHUNK else halves.append(message)
+    for i in range(9):
+        rig.chunk(np.tile(rig.x, (4, 1)), gripper=1.0, id=i + 1)
+        assert counts["R0 half of a chunk alone"] == (i == 8), "eight may wait"
+        rig.run(0.02)
+    for _ in range(3):
+        send(topics.CHUNK, halves[0])  # its other half was the first to go
+    assert counts["R0 half of a chunk again"] == 2 and rig.node.guard.buffer.counts["chunks"] == 0
+    send(topics.CHUNK, halves[-1])
+    assert rig.node.guard.buffer.counts["chunks"] == 1, "the newest still meet"
+
+
 def test_broken_chunks_are_refused_by_what_is_wrong_with_them():
     rig = Rig(joint_arm())
     rig.arm()

@@ -584,9 +584,12 @@ class GuardNode:
             if other is not None:
                 self._on_chunk(source, *((message, other) if which == 0 else (other, message)))
                 return
+            if stamp in mine:
+                self.guard.on_problem("half of a chunk again", "R0", self.bus.now())
             mine[stamp] = message
             if len(mine) > HALVES:
                 del mine[next(iter(mine))]  # the first that came
+                self.guard.on_problem("half of a chunk alone", "R0", self.bus.now())
 
         return on_half
 
