@@ -942,7 +942,7 @@ def main(role: str, arguments: Mapping[str, Any]) -> None:
     bus: Any = open_bus("dds", role, domain, loss_permille=loss)
     if role in ("twin", "policy", "guard"):
         bus = InjectBus(bus)
-    if role in ("twin", "reader"):  # they stand for hardware, and for a clock: neither may be late because others compute
+    if role in ("twin", "reader"):  # an arm and a clock: neither waits for what computes
         be_nice(-10)
     serve(ROLES[role](bus=bus, **values))
 
