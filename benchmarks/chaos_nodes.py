@@ -535,11 +535,11 @@ def run_policy(*, bus: Bus, robot: str, hash: str = "0" * 64, changes: Mapping[s
 def run_guard(*, bus: Bus, robot: str, config: Mapping[str, Any]) -> Any:
     """Return the shipped guard node."""
     from robot_io.core.guard import GuardConfig
-    from robot_io.nodes.guard import GuardNode
+    from robot_io.nodes.guard import SETTLE_S, GuardNode
 
     with contextlib.suppress(PermissionError):  # as the shipped guard does
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(50))
-    return GuardNode(bus, GuardConfig(**config), ROBOTS[robot], require_preflight=False)
+    return GuardNode(bus, GuardConfig(**config), ROBOTS[robot], require_preflight=False, settle=SETTLE_S)
 
 
 # --- the judge
