@@ -561,7 +561,7 @@ class Reader:
         self.commands: deque[Any] = deque()  # (arrival, writer, stamp, position, speed)
         self.measured: deque[Any] = deque()  # (arrival, position)
         self.violations: deque[Any] = deque()  # (arrival, what)
-        self.clearances: deque[Any] = deque()  # (arrival, distance [m], between what), commanded and measured
+        self.places: deque[Any] = deque()  # (arrival, configuration, "commanded" or "measured")
         self.details: deque[Any] = deque()  # (arrival, spacing and speeds of the commands of a violation)
         self.states: deque[Any] = deque()  # (arrival, state, reason, writer)
         self.texts: deque[Any] = deque()  # (arrival, text)
@@ -618,7 +618,7 @@ class Reader:
         twist = self.robot.driver.command == "twist"
         stamp, position = command_of(self.robot, message, time.time())
         if not twist:
-            self._look(position, "commanded")
+            self._keep(self.places, position, "commanded")
         if writer not in self._streams:
             self._streams[writer] = {"envelope": EnvelopeReader(self.robot.space, self.bounds, twist), "last": None}
         stream = self._streams[writer]
@@ -661,17 +661,21 @@ class Reader:
             if away > 0.02:
                 self._keep(self.violations, f"first command {away:.3f} m from the measured position")
 
-    def _look(self, x: np.ndarray, which: str) -> None:
-        """Keep how near a configuration is to what it must keep out of, itself included."""
+    def clearance(self, x: np.ndarray, which: str) -> tuple[float, str]:
+        """Return how near a configuration is to what it must keep out of, itself included [m], and to what.
+
+        Asked for with the verdict: while an arm moves, it would take the time of the processes that are judged.
+        """
         limits, kinematics = self.robot.limits, self.robot.kinematics
         if not np.all(np.isfinite(x)):
-            return
+            return np.inf, ""
         if kinematics is not None:
             distance, what = kinematics.clearance(x, limits.keep_out)
-            self._keep(self.clearances, distance, f"{which}: {what}")
-        elif len(limits.keep_out) and self.robot.space.name == "cartesian":
+            return distance, f"{which}: {what}"
+        if len(limits.keep_out) and self.robot.space.name == "cartesian":
             gaps = [float(np.linalg.norm(np.maximum(0, np.maximum(a - x[:3], x[:3] - b)))) for a, b in limits.keep_out]
-            self._keep(self.clearances, min(gaps), f"{which}: keep_out[{int(np.argmin(gaps))}]")
+            return min(gaps), f"{which}: keep_out[{int(np.argmin(gaps))}]"
+        return np.inf, ""
 
     def _on_gripper(self, message: Any) -> None:
         values = np.concatenate([np.concatenate([p.positions, p.velocities, p.effort]) for p in message.points])
@@ -681,14 +685,14 @@ class Reader:
     def _on_pose(self, message: Any) -> None:
         position = m.pose_from_ros(message)[0]
         self._keep(self.measured, position)
-        self._look(position, "measured")
+        self._keep(self.places, position, "measured")
 
     def _on_joints(self, message: Any) -> None:
         with contextlib.suppress(ValueError, KeyError):  # names that are wrong on purpose
             found = m.joints_from_ros(message)
             joints = np.array([found[name] for name in self.robot.driver.joints])
             self._keep(self.measured, joints)
-            self._look(joints, "measured")
+            self._keep(self.places, joints, "measured")
 
     def _on_executed(self, message: Any) -> None:
         step = m.executed_from_ros(message)
@@ -734,7 +738,8 @@ class Reader:
         faults = [at for at, s, _ in stops if s == "FAULT"]
         chunks = [stamp for at, stamp, _ in self.executed if since <= at <= until]
         stop = self._stop(commands, t0)
-        nearest = min(((d, what) for at, d, what in self.clearances if since <= at <= until), default=None)
+        places = [(x, which) for at, x, which in self.places if since <= at <= until]
+        nearest = min((self.clearance(x, which) for x, which in places), default=(np.inf, ""))
         covered = [at for at, _, _ in self.executed if at <= t0 + (stop["still_s"] or np.inf)]
         return {
             "commands": len(commands),
@@ -743,7 +748,7 @@ class Reader:
             "non_finite": non_finite,
             "measured_outside": sum(not (np.all(p >= low) and np.all(p <= high)) for _, p in measured),
             "warnings": sum(self.episode.get("warnings", {}).values()),
-            "clearance": None if nearest is None else {"m": nearest[0], "what": nearest[1]},
+            "clearance": {"m": nearest[0], "what": nearest[1]} if np.isfinite(nearest[0]) else None,
             **stop,
             "queue_s": covered[-1] + self.robot.action_dt - t0 if covered else None,
             "measured_still_s": _still_since(measured, t0),
