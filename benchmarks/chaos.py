@@ -1178,9 +1178,14 @@ HELPERS = {"A20": "replayer", "A22": "rogue"}  # processes that a row needs besi
 # --- one repetition
 
 
+def bound_of(row: Row, expect: Expect) -> float:
+    """Return by when a repetition must decelerate [s]; MuJoCo computes on the cores of what is judged: the goal's."""
+    return max(expect.bound, GOAL[1]) if row.robots == ("panda",) else expect.bound
+
+
 def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dict[str, Any]:
     """Compare a verdict with what was promised; returns the repetition's numbers and its problems."""
-    problems = list(expect.problems)
+    problems, bound = list(expect.problems), bound_of(row, expect)
     if verdict["non_finite"]:
         problems.append(f"{verdict['non_finite']} commands not finite")
     if verdict["violations"]:
@@ -1204,7 +1209,7 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
     if expect.stop:
         if decel is None:
             problems.append("no deceleration")
-        elif decel > expect.bound:
+        elif decel > bound:
             problems.append(f"deceleration after {1e3 * decel:.0f} ms")
         if not expect.silent and (still is None or still - verdict["decel_s"] > STAND):
             problems.append(
@@ -1225,7 +1230,7 @@ def judge(row: Row, expect: Expect, verdict: Mapping[str, Any], rig: Rig) -> dic
     if expect.names and (named is None or named > expect.named_in):
         problems.append("not named" if named is None else f"named after {named:.2f} s")
     return {
-        "ok": not problems, "problems": problems, "stop": expect.stop, "bound_s": expect.bound,
+        "ok": not problems, "problems": problems, "stop": expect.stop, "bound_s": bound,
         "decel_s": decel if expect.stop is not False else None,
         "decel_from_injection_s": verdict["ended_s" if expect.silent else "decel_s"],
         "stand_s": None if still is None or verdict["decel_s"] is None else still - verdict["decel_s"],
@@ -1457,7 +1462,8 @@ injection. Deceleration begins with the first command after the last one at {slo
 of the {regular:g} s before the fault; standstill (0.01 m/s or rad/s) counts from there. Times are as commands arrive at
 the reader, p50 / max in ms (p50 / p99 / max from {enough} repetitions on). Goals: deceleration 30 / 150 ms, standstill
 500 ms, 0 violations, 0 not finite, named within 1 s. A row's own bound is in its notes: a repetition beyond it is
-not as promised.
+not as promised. It is shorter than the goal where the fault is in the message itself, but not in MuJoCo, which computes
+a large part of the time on the cores of the processes that are judged.
 
 """
 COLUMNS = (
