@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import chaos
+from benchmarks import chaos, chaos_faults, chaos_page, chaos_rig
 from benchmarks.chaos_nodes import PANDA_START, ROBOTS, Change, Circle, PhysicalEnv, Reader
 from robot_io import messages as m
 from robot_io.bus_dds import message
@@ -198,12 +198,12 @@ def test_reader_works_out_how_near_the_arm_is_to_boxes_and_to_itself():
     assert looked("boxed", [(np.nan, 0.7, 0.3)]) == [(np.inf, "")]
     starts = np.array(PANDA_START)
     ways = (0.0, "box"), (0.49, "box"), (0.45, "table"), (1.0, "itself")
-    at = [starts + share * np.array(chaos.PANDA_WAYS[way]) for share, way in ways]
+    at = [starts + share * np.array(chaos_faults.PANDA_WAYS[way]) for share, way in ways]
     free, box, table, itself = looked("arm", at)
-    assert free[0] > chaos.NEAR
-    assert box[0] < chaos.MARGIN and box[1] == "measured: panda_hand and keep_out[0]"
-    assert table[0] < chaos.MARGIN and table[1].endswith("keep_out[1]")
-    assert itself[0] < chaos.MARGIN and itself[1] == "measured: panda_link0 and panda_hand"
+    assert free[0] > chaos_faults.NEAR
+    assert box[0] < chaos_faults.MARGIN and box[1] == "measured: panda_hand and keep_out[0]"
+    assert table[0] < chaos_faults.MARGIN and table[1].endswith("keep_out[1]")
+    assert itself[0] < chaos_faults.MARGIN and itself[1] == "measured: panda_link0 and panda_hand"
 
 
 def verdict(**changes):
@@ -220,20 +220,20 @@ def verdict(**changes):
     ("distance", "problem"), [(0.0101, None), (0.0099, "9.9 mm, measured: a and b"), (0.2, "never came near")]
 )
 def test_arm_that_comes_nearer_than_the_margin_or_was_never_near_is_not_as_promised(distance, problem):
-    expect = chaos.Expect(0.0, "too near", stop=None, near=True)
+    expect = chaos_faults.Expect(0.0, "too near", stop=None, near=True)
     near = {"m": distance, "what": "measured: a and b"}
     rig: Any = SimpleNamespace(unsafe=False)
-    result = chaos.judge(chaos.ROWS["A23b"], expect, verdict(clearance=near), rig)
+    result = chaos.judge(chaos_faults.ROWS["A23b"], expect, verdict(clearance=near), rig)
     assert result["ok"] == (problem is None) and (problem is None or problem in result["problems"][0])
 
 
 def judged(row, expect, **changes):
     rig: Any = SimpleNamespace(unsafe=False)
-    return chaos.judge(chaos.ROWS[row], expect, verdict(**changes), rig)
+    return chaos.judge(chaos_faults.ROWS[row], expect, verdict(**changes), rig)
 
 
 def test_name_counts_from_the_wall_and_an_arm_that_never_came_there_is_not_as_promised():
-    expect = chaos.Expect(0.0, "clamped", stop=None, wall=True)
+    expect = chaos_faults.Expect(0.0, "clamped", stop=None, wall=True)
     assert judged("A23", expect, wall_s=2.0, named={"s": 2.9, "text": "x clamped"})["ok"]
     late = judged("A23", expect, wall_s=2.0, named={"s": 3.1, "text": "x clamped"})
     assert late["problems"] == ["named after 1.10 s"] and late["named_s"] == pytest.approx(1.1)
@@ -242,15 +242,15 @@ def test_name_counts_from_the_wall_and_an_arm_that_never_came_there_is_not_as_pr
 
 def test_clamped_actions_do_not_name_a_wall():
     for text, found in (("x clamped 3", True), ("joint_0 clamped", True), ("R1 action clamped 2", False)):
-        assert chaos.matches(chaos.CLAMPED, f"guard: ARMED: armed ({text})") == found
-    assert not chaos.matches(chaos.CLAMPED, "R1 gripper clamped")
+        assert chaos_rig.matches(chaos_rig.CLAMPED, f"guard: ARMED: armed ({text})") == found
+    assert not chaos_rig.matches(chaos_rig.CLAMPED, "R1 gripper clamped")
 
 
 def test_state_must_be_entered_where_it_is_asked_and_the_latest_deceleration_counts_from_the_injection():
-    held = chaos.Expect(0.0, stop=None, held=True)
+    held = chaos_faults.Expect(0.0, stop=None, held=True)
     assert judged("A26", held, states=["HOLDING", "ARMED"])["ok"]
     assert judged("A26", held, states=["ARMED"])["problems"] == ["never HOLDING or FAULT: ['ARMED']"]
-    late = chaos.Expect(0.0, after_queue=True, latest=0.4)
+    late = chaos_faults.Expect(0.0, after_queue=True, latest=0.4)
     stop = {"decel_s": 0.45, "still_s": 0.5, "queue_s": 0.4, "states": ["HOLDING"]}
     result = judged("A7", late, **stop, state={"s": 0.48, "state": "HOLDING", "reason": ""})
     assert result["problems"] == ["deceleration 450 ms after the injection"]
@@ -259,15 +259,17 @@ def test_state_must_be_entered_where_it_is_asked_and_the_latest_deceleration_cou
 
 def test_two_guards_are_told_apart_by_their_writers():
     writers = {"guard": set(), "guard_2": set()}
-    said = [chaos.whose(w, writers, second) for w, second in ((1, False), (1, True), (2, True), (2, False), (3, False))]
+    said = [
+        chaos_rig.whose(w, writers, second) for w, second in ((1, False), (1, True), (2, True), (2, False), (3, False))
+    ]
     assert said == ["guard", "guard", "guard_2", "guard_2", "guard"]
 
 
 def test_second_guard_is_timed_while_it_is_armed():
-    assert chaos.armed_for([]) == chaos.armed_for([(1.0, "IDLE"), (2.0, "FAULT")]) == 0.0
-    assert chaos.armed_for([(1.0, "IDLE"), (2.0, "ARMED"), (2.15, "FAULT")]) == pytest.approx(0.15)
+    assert chaos_faults.armed_for([]) == chaos_faults.armed_for([(1.0, "IDLE"), (2.0, "FAULT")]) == 0.0
+    assert chaos_faults.armed_for([(1.0, "IDLE"), (2.0, "ARMED"), (2.15, "FAULT")]) == pytest.approx(0.15)
     now = time.monotonic()
-    assert chaos.armed_for([(now - 5.0, "ARMED")]) >= 5.0
+    assert chaos_faults.armed_for([(now - 5.0, "ARMED")]) >= 5.0
 
 
 def test_reader_judges_the_states_of_the_guard_that_moved_the_arm():
@@ -303,7 +305,7 @@ HELD = [(0.1, "HOLDING")]
     ],
 )
 def test_policy_that_comes_back_may_go_on_only_within_the_hold_and_with_the_same_checkpoint(states, same, problem):
-    problems, note = chaos.resumed(states, same)
+    problems, note = chaos_faults.resumed(states, same)
     assert problems == [] if problem is None else problem in problems[0]
     assert ("within the hold" in note) == any(s == "ARMED" for _, s in states)
 
@@ -334,16 +336,16 @@ def test_contacts_of_the_panda_in_mujoco_are_seen():
     env.close()
 
 
-@pytest.mark.parametrize("how", chaos.DAMAGE)
+@pytest.mark.parametrize("how", chaos_faults.DAMAGE)
 def test_damaged_checkpoints_do_not_load(tmp_path, how):
     from dita.checkpoint import load_policy
 
-    chaos.broken_checkpoint(tmp_path / "policy", how)
-    with pytest.raises(ValueError, match=chaos.CHECKPOINTS[how]):
+    chaos_faults.broken_checkpoint(tmp_path / "policy", how)
+    with pytest.raises(ValueError, match=chaos_faults.CHECKPOINTS[how]):
         load_policy(tmp_path / "policy")
 
 
-@pytest.mark.parametrize("how", chaos.OTHERS)
+@pytest.mark.parametrize("how", chaos_faults.OTHERS)
 def test_checkpoint_of_a_robot_of_the_same_name_is_refused_by_field_before_anybody_joins_the_graph(
     tmp_path, how, capsys, monkeypatch
 ):
@@ -351,13 +353,13 @@ def test_checkpoint_of_a_robot_of_the_same_name_is_refused_by_field_before_anybo
         raise AssertionError("it has joined the graph")
 
     monkeypatch.setattr("robot_io.nodes.policy.open_bus", joined)
-    chaos.broken_checkpoint(tmp_path / "policy", how)
+    chaos_faults.broken_checkpoint(tmp_path / "policy", how)
     live = {"seed": 0, "device": "cpu", "precision": "fp32", "path": "eager", "slop": 0.033, "max_age": 0.15}
     values = {"bus": {}, "checkpoint": str(tmp_path / "policy"), "num_inference_steps": None, "interval": 0.0, **live}
-    robot = chaos.robot_file(tmp_path, how)
+    robot = chaos_faults.robot_file(tmp_path, how)
     assert main(["policy", json.dumps({**values, "embodiment": robot})]) == 1
     said = capsys.readouterr().err
-    assert re.search(chaos.CHECKPOINTS[how], said) and said.count("\n") == 1 and robot in said
+    assert re.search(chaos_faults.CHECKPOINTS[how], said) and said.count("\n") == 1 and robot in said
     with pytest.raises(AssertionError, match="joined"):  # its own robot
         main(["policy", json.dumps({**values, "embodiment": "metaworld_sawyer"})])
 
@@ -376,37 +378,41 @@ def record(row, **changes):
 
 
 def test_page_counts_and_a_control_that_is_not_caught_is_a_failure():
-    rows = [chaos.ROWS["A1"], chaos.ROWS["A2"]]
+    rows = [chaos_faults.ROWS["A1"], chaos_faults.ROWS["A2"]]
     records = [record("A1"), record("A1", ok=False, problems=["no deceleration"], decel_s=None), record("A2")]
     records.append(record("A1", control=True, violations={"jerk": 3}))
-    text = chaos.page(rows, records, "make chaos", 0)
+    text = chaos_page.page(rows, records, "make chaos", 0)
     assert "| A1 | NaN or Inf in an action |" in text and "| 1/2 |" in text and "| A1 | 1/1 | jerk 3 |" in text
-    assert chaos.failed(records) == ["A1 #0: no deceleration"]
+    assert chaos_page.failed(records) == ["A1 #0: no deceleration"]
     near = record("A2", note="noticed", clearance={"m": 0.0123, "what": "a and b"})
-    assert "noticed: 1; nearest 12.3 mm" in chaos.page(rows, [*records, near], "make chaos", 0)
+    assert "noticed: 1; nearest 12.3 mm" in chaos_page.page(rows, [*records, near], "make chaos", 0)
     records[-1]["violations"] = {}
-    assert "control A1: the reader caught nothing" in chaos.failed(records)
+    assert "control A1: the reader caught nothing" in chaos_page.failed(records)
 
 
 def test_page_says_for_every_row_what_the_table_promises_and_whether_the_goals_are_met():
-    assert set(chaos.PROMISES) == set(chaos.ROWS)
-    physical = {name.removesuffix("p") for name in chaos.PANDA_ROWS}
-    assert physical | set(chaos.NOT_PHYSICAL) == set(chaos.ROWS) and not physical & set(chaos.NOT_PHYSICAL)
+    assert set(chaos_faults.PROMISES) == set(chaos_faults.ROWS)
+    physical = {name.removesuffix("p") for name in chaos_faults.PANDA_ROWS}
+    assert physical | set(chaos_faults.NOT_PHYSICAL) == set(chaos_faults.ROWS) and not physical & set(
+        chaos_faults.NOT_PHYSICAL
+    )
     records = [record("A1", reaction_s=s, decel_s=2 * s) for s in (0.004, 0.02)] + [record("A2p", decel_s=0.16)]
-    text = chaos.page([*chaos.ROWS.values(), *chaos.PANDA_ROWS.values()], records, "make chaos", 0)
+    text = chaos_page.page([*chaos_faults.ROWS.values(), *chaos_faults.PANDA_ROWS.values()], records, "make chaos", 0)
     light, panda = text.split("## robosuite's Panda in MuJoCo")
     row = next(one for one in light.splitlines() if one.startswith("| A1 | R2 in the same tick"))
     assert "| 10 | 12 / 20 | 1/2 | 1/2 | yes (24) | yes (40) | - (n 2) | yes (100) |" in row
     assert "| A2p | older than 50 ms" in panda and "NO (160) | NO (160)" in panda and "A3: pictures" in panda
     assert "A2p" not in light
-    many = chaos.bounds_line(chaos.ROWS["A1"], [record("A1", decel_s=0.02)] * 299 + [record("A1", decel_s=0.2)])
+    many = chaos_page.bounds_line(
+        chaos_faults.ROWS["A1"], [record("A1", decel_s=0.02)] * 299 + [record("A1", decel_s=0.2)]
+    )
     assert "yes (20) | NO (200) | yes (20)" in many
 
 
 def test_cut_line_of_an_interrupted_run_is_played_again(tmp_path):
     path = tmp_path / "trials.jsonl"
     path.write_text(json.dumps(record("A1")) + "\n" + '{"row": "A2"')
-    assert [r["row"] for r in chaos.read_trials(path)] == ["A1"]
+    assert [r["row"] for r in chaos_page.read_trials(path)] == ["A1"]
     assert path.read_text().count("\n") == 1
 
 
@@ -427,7 +433,7 @@ def test_handful_of_rows_over_the_wire_and_a_control_that_is_caught(tmp_path):
     for r in real.values():  # no timing here: the table has it
         assert not r.get("violations") and r.get("non_finite") == 0 and r["named_s"] is not None, r
         assert r["state"] is not None, r
-    assert [chaos.caught(r) for r in records if r["control"]] == [True]
+    assert [chaos_page.caught(r) for r in records if r["control"]] == [True]
     again = time.monotonic()
     chaos.main([*arguments, "--page", str(tmp_path / "page.md")])
     assert time.monotonic() - again < 0.5 * (again - began), "what was played is not played again"
