@@ -16,7 +16,7 @@ import numpy as np
 
 SCENE = """
 <mujoco>
-  <option timestep="0.002"/>
+  <option timestep="0.002"/><default><geom group="1"/></default>
   <worldbody>
     <light pos="0 0 2"/>
     <geom name="table" type="box" pos="0 0 0.8" size="0.4 0.4 0.05" rgba="0.3 0.3 0.3 1" contype="0" conaffinity="0"/>

@@ -29,8 +29,7 @@ INSTALL = {
     **{suite: "pip install 'dita[sim]'" for suite in ("aloha", "fetch", "robosuite")},
     "metaworld": "pip install 'dita[sim-core]'",
     # its robosuite 1.4 is not the 1.5 of dita[sim]
-    "libero": "in an environment of its own: python3.11 -m venv .venv-libero && .venv-libero/bin/pip install "
-    "-c constraints-libero.txt -e . hf-libero robosuite (docs/libero.md says the rest)",
+    "libero": "python3.11 -m venv .venv-libero, an environment of its own, and then the pip lines of docs/libero.md",
 }
 
 

@@ -211,7 +211,8 @@ def load_states(path: Path) -> Float64[np.ndarray, "k n"]:
         with torch.serialization.safe_globals(allowed):
             states = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError) as e:
-        why = str(e).split("WeightsUnpickler error: ")[-1].splitlines()[0]  # torch adds advice to run it all the same
+        # torch adds advice to run it all the same
+        why = str(e).split("WeightsUnpickler error: ")[-1].strip().split("\n")[0].split(". Please use")[0]
         raise ValueError(f"{path} is no file of initial states that can be read without running it: {why}") from None
     if not isinstance(states, np.ndarray) or states.dtype != np.float64 or states.ndim != 2 or not len(states):
         raise ValueError(f"{path} must hold an array [states, values] of float64, it holds {type(states).__name__}")
