@@ -22,16 +22,16 @@ SCENE = """
     <geom name="table" type="box" pos="0 0 0.8" size="0.4 0.4 0.05" rgba="0.3 0.3 0.3 1" contype="0" conaffinity="0"/>
     <body name="cabinet" pos="0 0.3 0.9"><geom type="box" size="0.05 0.05 0.05" rgba="0 0 1 1"/></body>
     <body name="bowl" pos="0.2 0 1"><freejoint name="bowl"/><geom type="sphere" size="0.03" rgba="0 1 0 1"/></body>
-    <body name="robot0_right_hand" pos="0 0 1.1" quat="0 1 0 0">
+    <body name="robot0_right_hand" gravcomp="1" pos="0 0 1.1" quat="0 1 0 0">
       <joint name="x" type="slide" axis="1 0 0" damping="20"/>
       <joint name="y" type="slide" axis="0 -1 0" damping="20"/>
       <joint name="z" type="slide" axis="0 0 -1" damping="20"/>
       <geom type="sphere" size="0.04" rgba="1 0 0 1" mass="0.5" contype="0" conaffinity="0"/>
       <site name="gripper0_grip_site" pos="0 0 0.1"/>
       <camera name="robot0_eye_in_hand" pos="0.1 0 0" xyaxes="0 1 0 -1 0 0"/>
-      <body name="finger1"><joint name="finger1" type="slide" axis="0 1 0" range="0 0.04" damping="10"/>
+      <body name="finger1" gravcomp="1"><joint name="finger1" type="slide" axis="0 1 0" range="0 0.04" damping="10"/>
         <geom type="box" size="0.01 0.01 0.02" pos="0 0 0.1" mass="0.1" contype="0" conaffinity="0"/></body>
-      <body name="finger2"><joint name="finger2" type="slide" axis="0 1 0" range="-0.04 0" damping="10"/>
+      <body name="finger2" gravcomp="1"><joint name="finger2" type="slide" axis="0 1 0" range="-0.04 0" damping="10"/>
         <geom type="box" size="0.01 0.01 0.02" pos="0 0 0.1" mass="0.1" contype="0" conaffinity="0"/></body>
     </body>
     <camera name="agentview" pos="1.2 0 1.2" xyaxes="0 1 0 -0.1 0 1"/>
@@ -122,7 +122,7 @@ class ControlEnv:
             controller.goal_ori = np.diag(1 + np.array(action[3:6], float))
         for _ in range(int(500 / self.kwargs["control_freq"])):
             mujoco.mj_forward(self._model, data)
-            data.ctrl[:3] = controller.goal_pos + 0.01 * np.diag(controller.goal_ori)
+            data.ctrl[:3] = controller.goal_pos + 0.01 * np.diag(controller.goal_ori - np.eye(3))
             data.ctrl[3:] = 0.02 - 0.02 * self.robots[0].gripper.format_action(action[6:])[1] * np.array([1, 1])
             data.ctrl[4] *= -1
             mujoco.mj_step(self._model, data)
