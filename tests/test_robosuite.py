@@ -311,7 +311,7 @@ def test_expert_stacks_within_its_limits_and_leaves_the_cube_there(osc):
             assert (action >= low).all() and (action <= high).all()
             osc.step(action)
         assert osc.success and osc.warnings() == {}
-        play(osc, 15)
+        play(osc, 20)
         red, green = (osc.data.body(i).xpos for i in (osc._env.cubeA_body_id, osc._env.cubeB_body_id))
         np.testing.assert_allclose(red - green, [0, 0, 0.045], atol=0.015)
         assert np.linalg.norm(osc.data.site("gripper0_right_grip_site").xpos - red) > 0.03, "the hand let go and left"
