@@ -191,12 +191,12 @@ def test_actions_are_metres_and_radians_and_one_is_open(button):
 
 def test_success_is_the_goal_at_any_step(button):
     button.reset(seed=0)
-    up, down = (np.array([0, 0, z, 0, 0, 0, 1], np.float32) for z in (-0.05, 0.05))
+    up, down = (np.array([0, 0, z, 0, 0, 0, 1], np.float32) for z in (0.05, -0.05))
     while not button.success:
-        _, reward, terminated, _, info = button.step(down)  # the fake's z joint points down
+        _, reward, terminated, _, info = button.step(up)
         assert (reward == 1) == terminated == info["success"] and button.steps < 20
     for _ in range(15):
-        _, reward, terminated, _, _ = button.step(up)
+        _, reward, terminated, _, _ = button.step(down)
     assert reward == 0 and terminated
 
 
@@ -213,8 +213,8 @@ def test_pictures_are_right_side_up_and_under_the_names_of_the_data(button):
     }
     low = red_row()
     for _ in range(3):
-        button.step(np.array([0, 0, -0.05, 0, 0, 0, 1], np.float32))
-    assert button.data.qpos[9] < -0.04 and red_row() < low - 4, "higher in the world is higher in the picture"
+        button.step(np.array([0, 0, 0.05, 0, 0, 0, 1], np.float32))
+    assert button.data.qpos[9] > 0.04 and red_row() < low - 4, "higher in the world is higher in the picture"
 
 
 def test_there_is_no_expert(button):
