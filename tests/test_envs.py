@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from dita.config import CollectConfig, EnvConfig, PerturbConfig
 from dita.datasets.store import Store
 from dita.embodiment import load_embodiment
-from dita.envs import SUITES, check_tasks, gl, make
+from dita.envs import INSTALL, SUITES, check_tasks, gl, make
 from dita.envs.base import RobotEnv, WithImages
 from dita.envs.collect import HOLD_STEPS, collect, demonstrate
 from dita.envs.ensemble import Ensemble
@@ -540,9 +540,9 @@ def test_an_mp4_that_browsers_play(tmp_path):
 
 @pytest.mark.parametrize("name", SUITES)
 def test_every_suite_is_registered_with_tasks_and_make(name):
-    package = {"aloha": "gym_aloha", "fetch": "gymnasium_robotics", "robosuite": "robosuite"}.get(name)
-    if package is not None:
-        pytest.importorskip(package, reason="pip install 'dita[sim]'")
+    package = {"aloha": "gym_aloha", "fetch": "gymnasium_robotics", "libero": "libero", "robosuite": "robosuite"}
+    if name in package:
+        pytest.importorskip(package[name], reason=INSTALL[name])
     suite = importlib.import_module(SUITES[name])
     assert suite.TASKS and callable(suite.make)
 
@@ -559,7 +559,7 @@ ABOUT = {
 FLAGS = {"camera_shift": 0.05, "camera_turn": 0.05, "light": 0.5, "texture": 0.7}
 
 
-@pytest.fixture(scope="module", params=SUITES)
+@pytest.fixture(scope="module", params=ABOUT)  # not libero: test_libero.py
 def two_of_a_suite(request):
     package, embodiment, tasks = ABOUT[request.param]
     pytest.importorskip(package, reason="pip install 'dita[sim]'")

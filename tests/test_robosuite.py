@@ -302,9 +302,25 @@ def test_expert_lifts_every_start_within_its_limits(button):
     assert np.median(needed) < 60
 
 
-def test_only_lift_has_an_expert(osc):
-    osc.reset(seed=0, options={"task": "Stack"})
-    with pytest.raises(ValueError, match=r"unknown scripted expert 'Stack'; .*Lift"):
+def test_expert_stacks_within_its_limits_and_leaves_the_cube_there(osc):
+    low, high = osc.action_space.low, osc.action_space.high
+    for seed in (1, 4):
+        osc.reset(seed=seed, options={"task": "Stack"})
+        while not osc.success and osc.steps < 100:
+            action = osc.expert_action()
+            assert (action >= low).all() and (action <= high).all()
+            osc.step(action)
+        assert osc.success and osc.warnings() == {}
+        play(osc, 20)
+        red, green = (osc.data.body(i).xpos for i in (osc._env.cubeA_body_id, osc._env.cubeB_body_id))
+        np.testing.assert_allclose(red - green, [0, 0, 0.045], atol=0.015)
+        assert np.linalg.norm(osc.data.site("gripper0_right_grip_site").xpos - red) > 0.03, "the hand let go and left"
+    osc.reset(seed=0, options={"task": "Lift"})
+
+
+def test_only_lift_and_stack_have_an_expert(osc):
+    osc.reset(seed=0, options={"task": "Door"})
+    with pytest.raises(ValueError, match=r"unknown scripted expert 'Door'; .*Lift, Stack"):
         osc.expert_action()
     osc.reset(seed=0, options={"task": "Lift"})
 

@@ -20,11 +20,17 @@ SUITES = {
     "aloha": "dita.envs.aloha",
     "choice": "dita.envs.choice",
     "fetch": "dita.envs.fetch",
+    "libero": "dita.envs.libero",
     "metaworld": "dita.envs.metaworld",
     "robosuite": "dita.envs.robosuite",
 }
-# suite -> the extra that installs it
-EXTRAS = {"aloha": "sim", "fetch": "sim", "metaworld": "sim-core", "robosuite": "sim"}
+# suite -> what installs its package
+INSTALL = {
+    **{suite: "pip install 'dita[sim]'" for suite in ("aloha", "fetch", "robosuite")},
+    "metaworld": "pip install 'dita[sim-core]'",
+    # its robosuite 1.4 is not the 1.5 of dita[sim]
+    "libero": "python3.11 -m venv .venv-libero, an environment of its own, and then the pip lines of docs/libero.md",
+}
 
 
 def make(config: EnvConfig, task: str) -> RobotEnv:
@@ -70,4 +76,4 @@ def suite_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(SUITES[name])
     except ModuleNotFoundError as e:
-        raise ValueError(f"suite {name} needs the package {e.name}: pip install 'dita[{EXTRAS[name]}]'") from None
+        raise ValueError(f"suite {name} needs the package {e.name}: {INSTALL[name]}") from None

@@ -8,9 +8,10 @@ What every suite does alike stands here once: starts by seed, pictures, MuJoCo's
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +62,7 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
     model: Any  # mujoco.MjModel
     data: Any  # mujoco.MjData
     upside_down: frozenset[str] = frozenset()  # cameras that the suite mounts so
+    model_cameras: ClassVar[Mapping[str, str]] = {}  # the model's name of a camera that the embodiment calls otherwise
     seed: int = 0
     steps: int = 0
     success: bool = False
@@ -143,7 +145,11 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
             self.model.vis.quality.shadowsize = 0
         cameras = [self.model.camera(i).name for i in range(self.model.ncam)]
         for camera in self.embodiment.cameras:
-            expect_known(f"camera of {self.task}", camera.name, cameras)
+            expect_known(f"camera of {self.task}", self.model_camera(camera.name), cameras)
+
+    def model_camera(self, camera: str) -> str:
+        """Return what the model calls a camera of the embodiment."""
+        return self.model_cameras.get(camera, camera)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -221,7 +227,7 @@ class RobotEnv(gymnasium.Env[dict[str, Any], Float32[np.ndarray, "a"]]):
         if (height, width) not in self._renderers:
             self._renderers[height, width] = mujoco.Renderer(self.model, height, width)
         renderer = self._renderers[height, width]
-        renderer.update_scene(self.data, camera, self._scene_option())
+        renderer.update_scene(self.data, self.model_camera(camera), self._scene_option())
         if self.fast_render:
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
@@ -276,3 +282,14 @@ class WithImages(gymnasium.ObservationWrapper):
 def _box(fields: tuple[FieldSpec, ...]) -> spaces.Box:
     low, high = np.concatenate([f.low for f in fields]), np.concatenate([f.high for f in fields])
     return spaces.Box(low.astype(np.float32), high.astype(np.float32))
+
+
+@contextlib.contextmanager
+def numpy_seeded(seed: int) -> Iterator[None]:
+    """Seed NumPy's global generator, which is all that robosuite draws from, and put it back after."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002

@@ -38,6 +38,7 @@ def metaworld_expert(task: str) -> Expert:
 DOWN = np.array([0.0, 0.0, -1.0])
 ABOVE = 0.08  # [m] over a cube before going down
 LIFTED = 0.15  # [m] over where it lies
+CLEAR = 0.03  # [m] over a cube on which another one is to lie
 STEP_M, STEP_RAD = 0.04, 0.2  # how far ahead of the tool a goal is: the arm's lag makes 0.2-0.4 m/s of it
 
 
@@ -71,6 +72,48 @@ def lift_expert(
     else:
         move = offset
     return at_most(move, STEP_M), at_most(rotate, STEP_RAD), -1.0 if held or near else 1.0
+
+
+STACKED = 0.006  # [m] of height within which a cube counts as lying on the other
+OVERLAP = 0.018  # [m] that its middle may be beside the other's: 25 mm make it fall off
+
+
+def stack_expert(
+    tool: Float64[np.ndarray, "3"],
+    turn: Rotation,
+    cube: Float64[np.ndarray, "3"],
+    facing: Rotation,
+    held: bool,
+    opening: float,
+    base: Float64[np.ndarray, "3"],
+    height: float,
+) -> tuple[Float64[np.ndarray, "3"], Float64[np.ndarray, "3"], float]:
+    """Put a cube onto another: grip it as `lift_expert` does, up, over the other, down, let go, up. No memory.
+
+    Args:
+        tool: position of the finger tips [m]; `turn` has their rotation, its z axis out of the hand.
+        cube: position of its middle [m]; `facing` has its rotation.
+        held: both fingers touch it.
+        opening: of the gripper, 1 = open.
+        base: position of the other cube's middle [m].
+        height: of the cube's middle over the other's once it lies there [m].
+
+    Returns:
+        where to go from here [m], how to turn from here (rotation vector, rad), and the gripper: 1 opens, -1 closes.
+    """
+    place = base + np.array([0.0, 0.0, height])
+    aside, above = np.linalg.norm((cube - place)[:2]), cube[2] - place[2]
+    lift, rotate, gripper = lift_expert(tool, turn, cube, facing, held)  # what is held is kept level, too
+    if aside < OVERLAP and above < STACKED:
+        return np.array([0.0, 0.0, STEP_M * (opening > 0.8)]), rotate, 1.0  # before that, it would drag the cube along
+    if not held:
+        return lift, rotate, gripper
+    move = place - cube
+    if aside > (OVERLAP if above < CLEAR / 2 else OVERLAP / 2):
+        move[2] += CLEAR
+    if aside > 2 * OVERLAP and above < CLEAR / 2:
+        move[:2] = 0.0
+    return at_most(move, STEP_M), rotate, -1.0
 
 
 MEET = np.array([0.0, 0.5, 0.25])  # [m] where a cube changes hands

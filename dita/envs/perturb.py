@@ -108,7 +108,7 @@ def _move_cameras(env: RobotEnv, perturb: PerturbConfig, rng: np.random.Generato
 
     aimed = (mujoco.mjtCamLight.mjCAMLIGHT_TARGETBODY, mujoco.mjtCamLight.mjCAMLIGHT_TARGETBODYCOM)
     for camera in env.embodiment.cameras:
-        i = env.model.camera(camera.name).id
+        i = env.model.camera(env.model_camera(camera.name)).id
         mode = env.model.cam_mode[i]
         if mode != mujoco.mjtCamLight.mjCAMLIGHT_FIXED and (mode not in aimed or perturb.camera_turn):
             raise ValueError(

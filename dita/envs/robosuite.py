@@ -9,9 +9,8 @@ is robosuite's grip site, between the finger tips. The embodiment says everythin
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mujoco
@@ -22,8 +21,8 @@ from scipy.spatial.transform import Rotation
 from dita.config import EnvConfig
 from dita.embodiment import load_embodiment, slices
 from dita.envs import expect_known
-from dita.envs.base import RobotEnv
-from dita.envs.experts import damped_least_squares, lift_expert
+from dita.envs.base import RobotEnv, numpy_seeded
+from dita.envs.experts import damped_least_squares, lift_expert, stack_expert
 from dita.types import EmbodimentSpec, FieldSpec
 
 logging.getLogger("robosuite_logs").addFilter(lambda record: record.levelno >= logging.ERROR)  # a page per import
@@ -114,7 +113,7 @@ class RobosuiteEnv(RobotEnv):
             **{"kp_limits": [0, 1000], "damping_ratio_limits": [0, 10], "interpolation": None, "ramp_ratio": 0.2},
             **{"gripper": {"type": "GRIP"}, **CONTROLLERS[kind]},
         }
-        with _numpy_seeded(MODEL_SEED):
+        with numpy_seeded(MODEL_SEED):
             suite: Any = robosuite  # where it is not installed, pyright takes this very file for it
             self._env = suite.make(
                 task,
@@ -153,7 +152,7 @@ class RobosuiteEnv(RobotEnv):
 
     def _place(self) -> None:
         start = np.random.default_rng([self.seed, START]).integers(2**32)
-        with _numpy_seeded(int(start)):
+        with numpy_seeded(int(start)):
             self._env.reset()
         robot = self._env.robots[0]  # a reset builds its controllers anew
         self._arm, self._fingers = robot.part_controllers["right"], robot.part_controllers["right_gripper"]
@@ -274,14 +273,18 @@ class RobosuiteEnv(RobotEnv):
         if field.kind == "joint_velocity":
             return self.data.qvel[self._arm.qvel_index].copy()
         if field.kind == "gripper_position":
-            opening = (self.data.qpos[self._finger.qposadr] - self._shut) / (self._open - self._shut)
-            return np.clip(opening, 0.0, 1.0)
+            return np.array([self._opening()])
         position, turn = self._tool()
         if field.kind == "ee_position":
             return position
         if field.kind == "ee_rotation_6d":
             return turn.as_matrix()[:, :2].T.ravel()
         raise ValueError(f"robosuite: state field {field.name}: {field.kind} is not supported")
+
+    def _opening(self) -> float:
+        """Return how far the gripper is open: 0 to 1."""
+        opening = (self.data.qpos[self._finger.qposadr] - self._shut) / (self._open - self._shut)
+        return float(np.clip(opening, 0.0, 1.0).item())
 
     def velocities(self) -> dict[str, Float64[np.ndarray, "d"]]:
         """Return the speeds of the state's joint and gripper fields, by field: rad/s, and openings per second."""
@@ -306,21 +309,22 @@ class RobosuiteEnv(RobotEnv):
         return option
 
     def expert_action(self) -> Float32[np.ndarray, "a"]:
-        """Return the action of the scripted expert: Lift has one."""
+        """Return the action of the scripted expert: Lift and Stack have one."""
         return self.expert_from(self._goal)
 
     def expert_from(self, goal: Float64[np.ndarray, "m"]) -> Float32[np.ndarray, "a"]:
         """Return the expert's action if the last goal is another one, such as a guard's, which is ahead of the arm."""
-        expect_known("scripted expert", self.task, ("Lift",))
+        expect_known("scripted expert", self.task, ("Lift", "Stack"))
         position, turn = self._tool()
-        origin, base = self._base()
-        cube = self.data.body(self._env.cube_body_id)
-        at, facing = (
-            base.inv().apply(cube.xpos - origin),
-            base.inv() * Rotation.from_quat(cube.xquat, scalar_first=True),
-        )
-        held = self._env._check_grasp(self._gripper, self._env.cube)
-        move, rotate, gripper = lift_expert(position, turn, at, facing, held)
+        if self.task == "Lift":
+            held = self._env._check_grasp(self._gripper, self._env.cube)
+            cube = self._seen(self._env.cube_body_id)
+            move, rotate, gripper = lift_expert(position, turn, *cube, held)
+        else:
+            held = self._env._check_grasp(self._gripper, self._env.cubeA)
+            cube, (under, _) = self._seen(self._env.cubeA_body_id), self._seen(self._env.cubeB_body_id)
+            height = self._env.cubeA.size[2] + self._env.cubeB.size[2]
+            move, rotate, gripper = stack_expert(position, turn, *cube, held, self._opening(), under, height)
         action = np.zeros(self.embodiment.action_dim)
         for field, here, _ in slices(self.embodiment.action):
             if field.kind.startswith("gripper"):
@@ -329,6 +333,12 @@ class RobosuiteEnv(RobotEnv):
             action[here] = self._expert_value(field, goal, position, turn, move, rotate)
         low, high = self.action_space.low, self.action_space.high
         return np.clip(action, low, high).astype(np.float32)
+
+    def _seen(self, body: int) -> tuple[Float64[np.ndarray, "3"], Rotation]:
+        """Return where a body is [m] and its rotation, in the base frame."""
+        origin, turn = self._base()
+        found = self.data.body(body)
+        return turn.inv().apply(found.xpos - origin), turn.inv() * _rotation(found.xquat)
 
     def _expert_value(
         self,
@@ -377,14 +387,3 @@ def _wxyz(turn: Rotation) -> Float64[np.ndarray, "4"]:
 
 def _rotation(wxyz: Float64[np.ndarray, "4"]) -> Rotation:
     return Rotation.from_quat(wxyz, scalar_first=True)
-
-
-@contextlib.contextmanager
-def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Seed NumPy's global generator, which is all that robosuite draws from, and put it back after."""
-    before = np.random.get_state()  # noqa: NPY002
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(before)  # noqa: NPY002
