@@ -567,7 +567,7 @@ class Trainer:
         contract = self.policy.contract.root_hash
         if state.get("contract", contract) != contract:
             saved = read_json(folder.parent / "policy" / "contract.json")
-            changed = differences(saved["embodiments"], self.policy.contract.to_dict()["embodiments"])
+            changed = [d for d in differences(saved, self.policy.contract.to_dict()) if d[0] != "hash"]
             listed = "; ".join(f"{path}: was {was!r}, now {now!r}" for path, was, now in changed[:4])
             raise ValueError(
                 f"{folder}: the embodiments or statistics differ from those of the data now ({len(changed)} values: "

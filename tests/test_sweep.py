@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def words(store: Path, run: Path, *more: str) -> list[str]:  # noqa: F811
-    small = ["experiment=smoke", "policy.vision.image_size=32", "threads=1", "log_every=1", "peak_tflops=1"]
+    small = ["experiment=smoke", "policy.vision.image_size=48", "threads=1", "log_every=1", "peak_tflops=1"]
     return [*small, f"data.stores=[{{path:{store},weight:1}}]", f"run={run}", *more]
 
 
@@ -32,7 +32,7 @@ def words(store: Path, run: Path, *more: str) -> list[str]:  # noqa: F811
         (["-m", "--overwrite"], "--multirun continues what is there"),
         (["-m", "--dry-run"], "--multirun continues what is there"),
         (["-m", "seed=0,1", "optim.lrr=1,2"], "unknown key 'optim.lrr'; did you mean lr?"),
-        (["-m", "seed=0,1", "optim.lr=1e-3,fast"], "optim.lr"),
+        (["-m", "seed=0,1", "optim.lr=1e-3,fast"], "could not convert string to float: 'fast'"),
         (["-m", "policy.dim=64,30", "policy.heads=4"], "policy.dim 30 must divide"),
         (["-m", "hydra/launcher=nowhere"], "nowhere"),
     ],
@@ -61,10 +61,10 @@ def test_a_sweep_trains_once_for_every_combination(store, tmp_path, capsys) -> N
     begun.clear()
     with_patch("_follow", lambda t, step: begun.append((t.config.seed, t.config.optim.lr, step)), lambda: main(command))
     assert begun == [(0, 0.002, 1), *((1, lr, step) for lr in (0.001, 0.002) for step in (0, 1))]
-    names = {f"seed={seed},optim.lr={lr}" for seed in (0, 1) for lr in ("1e-3", "2e-3")}
+    names = {f"seed={seed},optim.lr={lr}" for seed in (0, 1) for lr in (0.001, 0.002)}
     assert {p.name for p in (tmp_path / "run").iterdir()} == names | {"hydra"}
     assert main(["train", *words(store, tmp_path / "alone", "steps=2", "seed=1", "optim.lr=2e-3")]) == 0
-    assert losses(tmp_path / "run" / "seed=1,optim.lr=2e-3") == losses(tmp_path / "alone")
+    assert losses(tmp_path / "run" / "seed=1,optim.lr=0.002") == losses(tmp_path / "alone")
     assert Path.cwd() == here and sys.argv == argv
 
 

@@ -213,8 +213,8 @@ def test_gradients_are_clipped_by_their_global_norm(store, tmp_path) -> None:
     for value, left in ((3.0, 0.5), (1e-6, None)):
         trainer.gradient.fill_(value)
         norm = value * len(trainer.gradient) ** 0.5
-        assert trainer._reduce_and_clip() == pytest.approx(norm, rel=1e-4)
-        assert float(trainer.gradient.norm()) == pytest.approx(left or norm, rel=1e-4)
+        assert trainer._reduce_and_clip() == pytest.approx(norm, rel=1e-3)
+        assert float(trainer.gradient.norm()) == pytest.approx(left or norm, rel=1e-3)
 
 
 def test_bf16_and_compiled_blocks_are_asked_for(store, tmp_path, monkeypatch) -> None:

@@ -350,7 +350,7 @@ def test_other_statistics_are_another_run_even_if_other_episodes_are_allowed(fin
     ):
         train(dataclasses.replace(base, data=fewer), "resume")
     with pytest.raises(
-        ValueError, match=r"the embodiments or statistics differ.*\(\d+ values: arm\.stats\..*: was .*, now "
+        ValueError, match=r"statistics differ from those.*\(\d+ values: embodiments\.arm\.stats\..*: was .*, now "
     ):
         train(dataclasses.replace(base, data=fewer), "resume", allow_drift=["data.stores", "filters_sha256"])
     assert (run / "config.json").read_text() == before  # what was refused is not taken for the run's own
