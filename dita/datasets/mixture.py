@@ -187,7 +187,7 @@ class Watched:
                 self._waiting = ""
                 if found is None:
                     return
-                batch, self.left_out = found
+                batch, self.left_out = found[0], tuple(found[1])  # torch makes lists of tuples
                 yield batch
         finally:
             over.set()
