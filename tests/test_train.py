@@ -28,9 +28,7 @@ from dita.config import (
 )
 from dita.datasets.store import StoreWriter
 from dita.embodiment import embodiment_from_dict
-from dita.optimize import lr_scale, make_optimizer
-from dita.train import Trainer, build_policy, train
-from dita.train_data import open_data
+from dita.train import Trainer, build_policy, lr_scale, make_optimizer, open_data, train
 from dita.types import Episode
 
 
