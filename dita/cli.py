@@ -8,11 +8,13 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dita.config import CollectConfig, DemoConfig, EvalConfig, FinetuneConfig, LiveConfig, TrainConfig, from_dict
 from dita.embodiment import config_folder
@@ -106,10 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
         dita train experiment=demo 'data.stores=[{path:data/demo.zarr,weight:1}]' run=outputs/train/demo --resume
         dita train diffusion.objective=behaviour_cloning data.stores=...
         dita train experiment=dita_base_4x8 --dry-run --ranks 32
+        dita train --multirun hydra/launcher=submitit_slurm optim.lr=3e-4,1e-3 seed=0,1 data.stores=...
         torchrun --nproc-per-node 8 -m dita.cli train device=cuda parallel=fsdp data.stores=...""", True)  # fmt: skip
     _add_exist(train)
+    _add_allow_drift(train)
     train.add_argument("--dry-run", action="store_true", help="print parameters, memory, speed; draw the first batch")
     train.add_argument("--ranks", type=int, metavar="N", help="of --dry-run: processes of the job (this one's)")
+    about = "once for every combination of comma-separated values, through Hydra's launchers; continues what is there"
+    train.add_argument("-m", "--multirun", action="store_true", help=about)
     finetune = verb("finetune", _finetune, "Finetune a checkpoint on ten demonstrations of a new robot.", """
         dita finetune outputs/train/demo data=data/my_arm.zarr shots=10 method=full
         dita finetune outputs/train/demo data=data/my_arm.zarr method=lora run=outputs/finetune/my_arm
@@ -117,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         dita finetune outputs/train/arms data=data/iiwa.zarr env=robosuite replay=false""", True)  # fmt: skip
     finetune.add_argument("checkpoint", help="run, checkpoint or policy folder")
     _add_exist(finetune)
+    _add_allow_drift(finetune)
     evaluate = verb("eval", _eval, "Evaluate a checkpoint in simulation, with intervals and videos.", """
         dita eval outputs/train/demo out=outputs/eval/demo
         dita eval outputs/train/demo episodes=100 env.tasks=[drawer-open-v3] n_action_steps=4
@@ -202,22 +209,33 @@ def compose(name: str, overrides: Sequence[str], cls: type[T]) -> T:
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     if name == "finetune":
         overrides = [_finetune_override(word) for word in overrides]
+    with _in_one_line(name), initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+        return _from_hydra(hydra_compose(name, overrides=list(overrides)), name, cls)
+
+
+def _from_hydra(config: Any, name: str, cls: type[T]) -> T:
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return from_dict(cls, {str(k): v for k, v in values.items()}, name)
+
+
+@contextmanager
+def _in_one_line(name: str) -> Iterator[None]:
+    """Turn what Hydra says of a config into a ValueError of one line."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            config = hydra_compose(name, overrides=list(overrides))
-            values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        yield
     except (HydraException, OmegaConfBaseException) as e:
         if match := re.match(r"Could not override '([\w.]+)'", str(e)):
             raise ValueError(_unknown_key(name, match[1])) from None
         raise ValueError(f"{' '.join(str(e).split())} (keys: {config_folder()}/{name}.yaml)") from None
-    assert isinstance(values, dict)
-    return from_dict(cls, {str(k): v for k, v in values.items()}, name)
 
 
 def _finetune_override(word: str) -> str:
@@ -251,6 +269,11 @@ def _add_exist(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     for name, about in (("resume", "continue what is there"), ("overwrite", "delete what is there first")):
         group.add_argument(f"--{name}", dest="exist", action="store_const", const=name, default="error", help=about)
+
+
+def _add_allow_drift(parser: argparse.ArgumentParser) -> None:
+    about = "of --resume: this field may differ from the run that is continued; say it again for others"
+    parser.add_argument("--allow-drift", metavar="FIELD", action="append", default=[], help=about)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -337,6 +360,12 @@ def _inspect(args: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    if args.multirun:
+        if args.dry_run or args.exist == "overwrite":
+            raise ValueError("--multirun continues what is there; it takes neither --dry-run nor --overwrite")
+        return _train_many(overrides, tuple(args.allow_drift) if args.exist == "resume" else ())
+    if own := [word for word in overrides if word.startswith(("hydra/", "hydra."))]:
+        raise ValueError(f"{own[0]} is a setting of Hydra's launchers: it goes with --multirun")
     config = compose("train", overrides, TrainConfig)
     if args.dry_run:
         from dita.distributed import ranks_of_environment
@@ -346,15 +375,80 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
         return
     from dita.train import train
 
-    run = train(config, args.exist)
+    run = train(config, args.exist, allow_drift=args.allow_drift)
     print(f"trained: {run}")
+
+
+def _train_many(overrides: list[str], allow_drift: tuple[str, ...]) -> None:
+    """Train once for every combination of values, wherever Hydra's launcher has the jobs run; each in its own folder.
+
+    Raises:
+        ValueError: a config is refused, before anything is started; or one of the jobs failed in this process.
+    """
+    import hydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with _in_one_line("train"):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    swept = {str(o.key_or_group): o for o in parsed if o.is_sweep_override()}
+    fixed = [o.input_line or "" for o in parsed if not o.is_sweep_override() and not _of_hydra(o)]
+    for word in [w for key, o in swept.items() for w in (f"{key}={v}" for v in o.sweep_string_iterator())] or fixed[:1]:
+        compose("train", [*fixed, word], TrainConfig)  # what cannot be trained does not wait in a queue first
+
+    def job(config: Any) -> None:
+        _train_one(config, tuple(swept), allow_drift)
+
+    here = Path.cwd()
+    for setting, default in {"hydra.sweep.dir": "'${run}/hydra'", "hydra.launcher.max_num_timeout": "1000"}.items():
+        wanted = "hydra.sweep" in setting or "hydra/launcher=submitit_slurm" in overrides
+        if wanted and not any(word.lstrip("+").startswith(f"{setting}=") for word in overrides):
+            overrides = [*overrides, f"{setting}={default}"]
+    argv, sys.argv = sys.argv, ["dita train", "--multirun", *overrides]  # hydra.main takes them from nowhere else
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else it prints a job's error itself, and exits
+    try:
+        with _in_one_line("train"):
+            hydra.main(str(config_folder().resolve()), "train", version_base="1.3")(job)()
+    except SystemExit as e:
+        raise e.__cause__ if isinstance(e.__cause__, Exception) else e from None
+    finally:
+        sys.argv = argv
+        os.chdir(here)
+
+
+def _train_one(config: Any, swept: tuple[str, ...], allow_drift: tuple[str, ...]) -> None:
+    """Train as one job of several, continuing what is there: a job that is requeued is given the same command."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from dita.run_folder import Preempted
+    from dita.train import train
+
+    mine = OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
+    name = ",".join(o.input_line or "" for o in mine if str(o.key_or_group) in swept)
+    values = _from_hydra(config, "train", TrainConfig)
+    values = replace(values, run=str(Path(values.run, re.sub(r"[^\w.,=+-]", "_", name))))
+    try:
+        print(f"trained: {train(values, 'resume', allow_drift=allow_drift)}")
+    except Exception as e:
+        print(f"dita train: {values.run}: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        if not hasattr(e, "exit_code"):
+            raise
+        code = e.exit_code  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(e, Preempted) and e.signal == signal.SIGUSR2 and "SUBMITIT_EXECUTOR" in os.environ:
+            signal.raise_signal(e.signal)  # submitit's handler is in its place again: rank 0 requeues the job and exits
+            code = 0  # of the other ranks: an error would end rank 0 before it has
+        raise SystemExit(code) from e  # the other jobs would end alike: they do not begin
+
+
+def _of_hydra(override: Any) -> bool:
+    return str(override.key_or_group).startswith(("hydra.", "hydra/"))
 
 
 def _finetune(args: argparse.Namespace, overrides: list[str]) -> None:
     config = replace(compose("finetune", overrides, FinetuneConfig), checkpoint=args.checkpoint)
     from dita.finetune import finetune
 
-    print(f"finetuned: {finetune(config, args.exist)}")
+    print(f"finetuned: {finetune(config, args.exist, args.allow_drift)}")
 
 
 def _eval(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -171,6 +171,14 @@ class DataConfig:
     cache: Literal["mmap", "ram"]
     workers: int
     shots: int | None  # first k episodes of a seeded permutation; None: all
+    quarantine: float  # largest share of the windows that training may leave out as damaged; 0: it stops at the first
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.quarantine <= 0.001,
+            f"data.quarantine must be in 0 .. 0.001, got {self.quarantine:g}: of a store with more damage leave the "
+            "episodes out with a filter",
+        )
 
 
 @dataclass(frozen=True)
@@ -221,6 +229,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"]
     activation_checkpointing: bool  # less memory, a third more time
     compile: bool  # the trunk's blocks
+    on_spike: Literal["warn", "rollback"]  # of a loss far above the recent ones: go back, and past its batches
     threads: int  # 0: all cores
     log_every: int
     save_every: int

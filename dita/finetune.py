@@ -48,7 +48,7 @@ class Replay:
     note: str  # why some or all were not played
 
 
-def finetune(config: FinetuneConfig, exist: Exist = "error") -> Path:
+def finetune(config: FinetuneConfig, exist: Exist = "error", allow_drift: Sequence[str] = ()) -> Path:
     """Finetune a checkpoint on k demonstrations and return the run folder.
 
     Prints what of the checkpoint is reused, what the doctor says of the demonstrations and whether their actions,
@@ -58,7 +58,7 @@ def finetune(config: FinetuneConfig, exist: Exist = "error") -> Path:
     Args:
         config: `data.stores[0]` is the new robot's, others are trained on beside it; policy, diffusion and preprocess
             are replaced by the checkpoint's.
-        exist: as of `dita.train.train`.
+        exist, allow_drift: as of `dita.train.train`.
 
     Raises:
         FileNotFoundError: there is no checkpoint or no store.
@@ -120,7 +120,7 @@ def finetune(config: FinetuneConfig, exist: Exist = "error") -> Path:
         )
         return policy.train().to(config.device)
 
-    return train(config, exist, build)
+    return train(config, exist, build, allow_drift)
 
 
 def grow(

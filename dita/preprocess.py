@@ -114,17 +114,18 @@ class Contract:
             f"{path}: checkpoint {a!r}, here {b!r}"
             for key in ours
             if key not in ("limits", "driver", "robot")
-            for path, a, b in _differences(key, ours[key], theirs[key])
+            for path, a, b in differences(ours[key], theirs[key], key)
         ]
         if differences:
             raise ValueError(f"embodiment {spec.name!r} differs from the checkpoint's: " + "; ".join(differences[:5]))
 
 
-def _differences(path: str, a: Any, b: Any) -> list[tuple[str, Any, Any]]:
+def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """List what differs between two JSON values, as (path, of a, of b)."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return [d for k in sorted(a | b) for d in _differences(f"{path}.{k}", a.get(k), b.get(k))]
+        return [d for k in sorted(a | b) for d in differences(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [d for i in range(len(a)) for d in _differences(f"{path}[{i}]", a[i], b[i])]
+        return [d for i in range(len(a)) for d in differences(a[i], b[i], f"{path}[{i}]")]
     return [] if a == b else [(path, a, b)]
 
 

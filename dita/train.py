@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from dita.checkpoint import (
     Saving,
     check_device,
     load_policy,
+    read_json,
     restore,
     save_policy,
     whole_checkpoints,
@@ -40,36 +42,41 @@ from dita.datasets.augment import augment
 from dita.datasets.dataset import WindowDataset, iter_low_dim, shots
 from dita.datasets.filters import kept
 from dita.datasets.mixture import MixtureSampler, check_rates, loader
-from dita.datasets.store import Store
+from dita.datasets.store import Store, StoreError
 from dita.datasets.windows import strides
 from dita.distributed import ALONE, Ranks, processes, shard, whole
 from dita.normalize import fit
 from dita.policy.policy import DitaPolicy, Draws
-from dita.preprocess import Contract, make_contract
+from dita.preprocess import Contract, differences, make_contract
+from dita.quarantine import Quarantine, read_quarantine
 from dita.relative import relative_chunks
-from dita.run_folder import Exist, Preempted, StopFlag, newest_good, run_folder
+from dita.run_folder import Exist, Preempted, StopFlag, describe, newest_good, run_folder, write_description
 from dita.train_log import Log, SpikeWatch, warn
 from dita.types import EmbodimentSpec, NormStats
 from dita.validate import best_steps, held_out, validate
 
 INIT, NOISE, AUGMENT, DATA, SPLIT = range(5)  # purposes of random numbers
 MOST_FAILED_SAVES = 3
+MOST_ROLLBACKS = 3  # to one checkpoint
 Build = Callable[[TrainConfig, Sequence[Store], Sequence[Sequence[int]]], DitaPolicy]
 
 
-def train(config: TrainConfig, exist: Exist = "error", build: Build | None = None) -> Path:
+def train(
+    config: TrainConfig, exist: Exist = "error", build: Build | None = None, allow_drift: Sequence[str] = ()
+) -> Path:
     """Train a policy and return its run folder; under torchrun or srun, as one rank of the job.
 
     Args:
         config: everything; saved as RUN/config.json.
         exist: what to do if the run folder has checkpoints: refuse, continue bit-equal, or start over.
         build: makes the policy that training starts from; None: `build_policy`, from scratch.
+        allow_drift: fields that may differ from the run that is continued, e.g. "optim.lr".
 
     Raises:
         FileExistsError: the run folder is taken and `exist` is "error", or another process trains in it.
         ValueError: stores, config or checkpoint do not fit; the loss is not finite (the step is not applied).
         NoSpace: the disk is full; older checkpoints are intact.
-        Preempted: SIGTERM or SIGUSR1; a checkpoint was saved.
+        Preempted: SIGTERM, SIGUSR1 or SIGUSR2; a checkpoint was saved.
     """
     check_device(config.device)
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
@@ -79,10 +86,12 @@ def train(config: TrainConfig, exist: Exist = "error", build: Build | None = Non
     with processes(config.device, config.parallel, config.collective_timeout) as ranks:
         data = open_data(config)  # refused before the run folder is claimed
         rows_of(config, ranks)
-        with ranks.holding(lambda: run_folder(run, config, exist, data.stores)):
+        now = describe(config, data.stores)
+        with ranks.holding(lambda: run_folder(run, now, exist, allow_drift)):
             policy = (build or build_policy)(config, data.stores, data.episodes)
             trainer = Trainer(policy, config, ranks)
             start = trainer.resume(run) if exist == "resume" else 0
+            ranks.on_first(lambda: write_description(run, now, start))  # not before the checkpoint was found to fit
             trainer.run(run, start, data)
     return run
 
@@ -97,17 +106,27 @@ class Data:
     datasets: Sequence[WindowDataset]
     sampler: MixtureSampler
 
-    def sources(self, step: int, batch_size: int) -> np.ndarray:
+    def sources(self, batch: int, batch_size: int) -> np.ndarray:
         """Return which store each sample of a global batch comes from."""
-        return np.array([d for d, _ in self.sampler.sample(step, batch_size)])
+        return np.array([d for d, _ in self.sampler.sample(batch, batch_size)])
 
-    def name(self, step: int, batch_size: int, row: int) -> dict[str, Any]:
+    def name(self, batch: int, batch_size: int, row: int) -> dict[str, Any]:
         """Name a sample of a global batch for people."""
-        dataset, window = self.sampler.sample(step, batch_size)[row]
+        dataset, window = self.sampler.sample(batch, batch_size)[row]
         episode, frame = self.datasets[dataset].locate(window)
         store = self.stores[dataset]
         return {"row": row, "store": str(store.path), "episode": episode, "frame": frame,
                 "source": store.episodes[episode].source}  # fmt: skip
+
+    def why(self, batch: int, batch_size: int, row: int) -> str:
+        """Read a sample again and return what is wrong with it."""
+        dataset, window = self.sampler.sample(batch, batch_size)[row]
+        try:
+            self.datasets[dataset][window]
+        except StoreError as e:
+            return str(e)
+        place = ", ".join(f"{key} {value}" for key, value in self.name(batch, batch_size, row).items())
+        return f"{place}: could not be read, and then it could: look at the storage of the nodes"
 
 
 def open_data(config: TrainConfig) -> Data:
@@ -133,6 +152,7 @@ def windows(store: Store, config: TrainConfig, episodes: Sequence[int]) -> Windo
         pad_end=config.data.pad_end,
         cache=config.data.cache,
         episodes=episodes,
+        keep_damaged=config.data.quarantine > 0,
     )
 
 
@@ -213,6 +233,8 @@ class Trainer:
         self.shadow = {n: p.detach().clone() for n, p in self.parameters.items()}  # the EMA
         self.gradient = None if config.parallel == "fsdp" else flat_gradient(list(self.parameters.values()))
         self.step_done = 0
+        self.ahead = 0  # batches that were passed over: step s is taken with batch s + ahead
+        self.spikes, self.rollbacks = SpikeWatch(), 0
         self.loss_hash = ""  # a chain over every step's loss: what "resumed bit-equal" is checked by
         self.samples: Float64[np.ndarray, "g c"] = np.empty((0, 2))  # of the last step: mean squared error, elements
         self.saving: Saving | None = None
@@ -317,34 +339,49 @@ class Trainer:
 
     def run(self, run: Path, start: int, data: Data) -> None:
         """Run the loop from step `start` to the end, logging, saving and validating; signals save first."""
+        path, share = run / "quarantine.jsonl", self.config.data.quarantine
+        known = self.ranks.on_first(lambda: read_quarantine(path, start))
+        left_out = Quarantine(path, sum(map(len, data.datasets)), share, known, self.ranks.first)
+        begin: int | None = start
+        with StopFlag() as stop:
+            try:
+                while begin is not None:
+                    begin = self._run_from(run, begin, data, left_out, stop)
+            finally:
+                left_out.report()
+
+    def _run_from(self, run: Path, start: int, data: Data, left_out: Quarantine, stop: StopFlag) -> int | None:
+        """Run the loop; return the step to go on from after a rollback, None at the end."""
         config, ranks = self.config, self.ranks
-        batches = iter(loader(
+        batches = loader(
             data.datasets, data.sampler, batch_size=config.batch_size, preprocess=self.policy.preprocessor.batch,
-            start_step=start, steps=config.steps, workers=config.data.workers, rank=ranks.rank,
-            world_size=ranks.world, timeout=config.worker_timeout,
-        ))  # fmt: skip
+            start_step=start + self.ahead, steps=config.steps + self.ahead, workers=config.data.workers,
+            rank=ranks.rank, world_size=ranks.world, timeout=config.worker_timeout,
+            leave_out=config.data.quarantine > 0,
+        )  # fmt: skip
+        stream = iter(batches)
         flops = flops_per_window(config, self.policy.contract) * config.batch_size if ranks.first else 0.0
         peak = device_peak(self.device, config) * ranks.world if ranks.first else 1.0
-        spikes = SpikeWatch()
-        with StopFlag() as stop, Log(run, start, config) if ranks.first else _Silent() as log:
+        with Log(run, start, config) if ranks.first else _Silent() as log:
             for step in range(start, config.steps):
                 waited = time.perf_counter()
-                batch = next(batches)
+                batch = next(stream)
                 began = time.perf_counter()
+                self._leave_out(step, batches.left_out, data, left_out)
                 try:
                     metrics = self.step(step, batch)
                 except NotFinite as e:
-                    if ranks.first:
-                        named = [data.name(step, config.batch_size, row) for row in e.rows or range(config.batch_size)]
-                        write_json(run / f"not_finite_{step:07d}.json", {"step": step, "why": str(e), "samples": named})
-                    raise NotFinite(f"{e}; the samples are named in {run}/not_finite_{step:07d}.json", e.rows) from None
+                    raise self._name_not_finite(run, step, e, data) from None
                 ended = time.perf_counter()
                 if ranks.first:
                     metrics |= {"data_s": began - waited, "update_s": ended - began}
                     metrics["mfu"] = flops / (ended - waited) / peak
                     log.write(step + 1, metrics, self._by_source(step, data))
-                    if (z := spikes.look(step, metrics["loss"])) is not None:
-                        self._report_spike(run, step, z, spikes, data)
+                if (z := self.spikes.look(step, metrics["loss"])) is not None:
+                    if ranks.first:
+                        self._report_spike(run, step, z, data)
+                    if config.on_spike == "rollback" and (back := self._roll_back(run, step)) is not None:
+                        return back
                 asked = int(ranks.gather(np.array([[float(stop.asked or 0)]])).max())  # of any rank
                 last = step + 1 == config.steps or asked
                 checks = config.validation.every and (step + 1) % config.validation.every == 0
@@ -354,11 +391,31 @@ class Trainer:
                     self._validate(run, step + 1, data, log)
                 if asked:
                     text = f"stopped after step {step + 1}; checkpoint saved, continue with --resume"
-                    raise (KeyboardInterrupt if asked == 2 else Preempted)(text)
+                    raise KeyboardInterrupt(text) if asked == signal.SIGINT else Preempted(text, asked)
+        return None
+
+    def _leave_out(self, step: int, rows: Sequence[int], data: Data, left_out: Quarantine) -> None:
+        """Take in which samples of a step could not be read on any rank."""
+        if not self.config.data.quarantine:
+            return
+        size, batch = self.config.batch_size, step + self.ahead
+        flags = np.zeros((size // self.ranks.world, 1))
+        flags[list(rows)] = 1
+        for row in np.flatnonzero(self.ranks.gather(flags)).tolist():
+            named = data.name(batch, size, row)
+            left_out.leave_out(step, named, lambda row=row: data.why(batch, size, row))
+
+    def _name_not_finite(self, run: Path, step: int, error: NotFinite, data: Data) -> NotFinite:
+        path, size = run / f"not_finite_{step:07d}.json", self.config.batch_size
+        if self.ranks.first:
+            named = [data.name(step + self.ahead, size, row) for row in error.rows or range(size)]
+            write_json(path, {"step": step, "why": str(error), "samples": named})
+        return NotFinite(f"{error}; the samples are named in {path}", error.rows)
 
     def _by_source(self, step: int, data: Data) -> dict[str, tuple[float, float]]:
         """Return (sum, weight) of what is logged per store and embodiment: loss per element, share of samples."""
-        sources, (errors, counted) = data.sources(step, self.config.batch_size), self.samples.T
+        sources = data.sources(step + self.ahead, self.config.batch_size)
+        errors, counted = self.samples.T
         groups: dict[str, tuple[float, float]] = {}
         for i, store in enumerate(data.stores):
             mine = (sources == i) & (counted > 0)
@@ -369,13 +426,40 @@ class Trainer:
             groups[f"loss/{store.spec.name}"] = (before[0] + loss[0], before[1] + loss[1])
         return groups
 
-    def _report_spike(self, run: Path, step: int, z: float, spikes: SpikeWatch, data: Data) -> None:
+    def _report_spike(self, run: Path, step: int, z: float, data: Data) -> None:
+        batch, size, recent = step + self.ahead, self.config.batch_size, list(self.spikes.recent)
         worst = np.argsort(-np.nan_to_num(self.samples[:, 0]))[:8].tolist()
-        named = [data.name(step, self.config.batch_size, row) | {"loss": float(self.samples[row, 0])} for row in worst]
-        values = {"step": step, "z": z, "recent": list(spikes.recent), "largest": named}
-        path = run / f"spike_{step:07d}.json"
-        write_json(path, values)
-        warn(f"step {step}: loss {spikes.recent[-1][1]:.4g} is a spike (robust z {z:.1f}); see {path}")
+        named = [data.name(batch, size, row) | {"loss": float(self.samples[row, 0])} for row in worst]
+        path = run / f"spike_{batch:07d}.json"
+        write_json(path, {"step": step, "batch": batch, "z": z, "recent": recent, "largest": named})
+        warn(f"step {step}: loss {recent[-1][1]:.4g} is a spike (robust z {z:.1f}); see {path}")
+
+    def _roll_back(self, run: Path, step: int) -> int | None:
+        """Go back to the newest checkpoint, and past the batches since: what follows has not seen the spike's.
+
+        Return the step to go on from; None if there is no checkpoint yet.
+
+        Raises:
+            ValueError: that did not help, three times from one checkpoint.
+        """
+        if self.saving is not None:
+            self._settle(run, last=False)
+        name, following = self.ranks.on_first(lambda: newest_good(run)), step + self.ahead + 1
+        if name is None:
+            if self.ranks.first:
+                warn("there is no checkpoint to go back to yet; training goes on")
+            return None
+        if self.rollbacks == MOST_ROLLBACKS:
+            raise ValueError(
+                f"step {step}: the loss still spikes after going back to checkpoint {name} {MOST_ROLLBACKS} times, "
+                "each time with other batches: it is not the data; lower optim.lr, or resume with --allow-drift "
+                "on_spike on_spike=warn"
+            )
+        back = self.load(run / "checkpoints" / name / "train")
+        self.rollbacks, self.ahead = self.rollbacks + 1, following - back
+        if self.ranks.first:
+            warn(f"back to checkpoint {name}, on with batch {following}; {self.ahead} batches were passed over so far")
+        return back
 
     def _validate(self, run: Path, step: int, data: Data, log: Any) -> None:
         """Validate the checkpoint just written, on rank 0 while the others wait."""
@@ -424,7 +508,9 @@ class Trainer:
         state = {
             "step": step, "loss_hash": self.loss_hash, "contract": self.policy.contract.root_hash,
             "world_size": self.ranks.world, "microbatch_size": self.config.microbatch_size,
+            "ahead": self.ahead, "recent": list(self.spikes.recent),
         }  # fmt: skip
+        self.rollbacks = 0
         self.saving = Saving(
             folder / "train", self._tensors(), state, self.ranks,
             lambda: save_policy(self.policy, folder / "policy", exported),
@@ -480,14 +566,18 @@ class Trainer:
         state = restore(folder, self._tensors(), self.ranks)
         contract = self.policy.contract.root_hash
         if state.get("contract", contract) != contract:
+            saved = read_json(folder.parent / "policy" / "contract.json")
+            changed = [d for d in differences(saved, self.policy.contract.to_dict()) if d[0] != "hash"]
+            listed = "; ".join(f"{path}: was {was!r}, now {now!r}" for path, was, now in changed[:4])
             raise ValueError(
-                f"{folder}: the embodiments or statistics differ from those of the data now (contract "
-                f"{state['contract'][:12]}, now {contract[:12]}): the stores changed; use another run="
+                f"{folder}: the embodiments or statistics differ from those of the data now ({len(changed)} values: "
+                f"{listed}): the weights know others; use another run="
             )
         self.step_done = state["step"]
         for p in self.parameters.values():
             self.optimizer.state[p]["step"] = torch.tensor(float(self.step_done))
-        self.loss_hash = state["loss_hash"]
+        self.loss_hash, self.ahead = state["loss_hash"], state.get("ahead", 0)
+        self.spikes = SpikeWatch(state.get("recent", ()))
         return self.step_done
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -111,8 +111,9 @@ def warn(text: str) -> None:
 class SpikeWatch:
     """Tells a loss far above the recent ones: a robust z-score, which spikes themselves do not move."""
 
-    def __init__(self) -> None:
-        self.recent: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+    def __init__(self, recent: Iterable[Sequence[Any]] = ()) -> None:
+        """Begin with the recent (step, loss) of a run that is continued."""
+        self.recent: deque[tuple[int, float]] = deque(((step, loss) for step, loss in recent), WINDOW)
 
     def look(self, step: int, loss: float) -> float | None:
         """Return the z-score of log(loss) if it is a spike; else None."""

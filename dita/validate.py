@@ -14,9 +14,11 @@ from jaxtyping import Float64
 
 from dita.config import TrainConfig
 from dita.datasets.dataset import WindowDataset
+from dita.datasets.store import StoreError
 from dita.policy.policy import DitaPolicy
 from dita.statistics import compare_pairs
 from dita.train_log import warn
+from dita.types import Window
 
 
 def held_out(episodes: Sequence[int], share: float, seed: int) -> list[int]:
@@ -65,18 +67,31 @@ def validate(
 
 @torch.no_grad()
 def action_errors(policy: DitaPolicy, dataset: WindowDataset, config: TrainConfig) -> Float64[np.ndarray, "w"]:
-    """Return the mean absolute error of sampled actions, in units of the normalised range, of windows spread evenly."""
+    """Return the mean absolute error of sampled actions, in units of the normalised range, of windows spread evenly.
+
+    With data.quarantine, damaged ones are left out; else they are a StoreError.
+    """
     count = min(config.validation.windows, len(dataset))
     places = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
     errors: list[float] = []
     for part in np.array_split(places, -(-len(places) // 32)):
-        batch = policy.preprocessor.batch([dataset[int(i)] for i in part])
+        batch = policy.preprocessor.batch([_window(dataset, int(i), config.data.quarantine > 0) for i in part])
         noise = torch.stack([policy.noise(int(i)) for i in part])[:, None].to(policy.device)
         actions = policy.sample(batch.observation.to(policy.device), noise, config.diffusion.num_inference_steps)
         off = ((actions[:, 0].float().cpu() - batch.actions).abs() * batch.action_valid).flatten(1).sum(1)
         counted = batch.action_valid.flatten(1).sum(1)
         errors += (off / counted)[counted > 0].tolist()
     return np.asarray(errors, np.float64)
+
+
+def _window(dataset: WindowDataset, index: int, leave_out: bool) -> Window:
+    try:
+        return dataset[index]
+    except StoreError as e:
+        if not (leave_out and e.is_damage):
+            raise
+        warn(f"validation: left out as damaged: {e}")
+        return dataset.unread(index)
 
 
 def read_validation(run: Path) -> list[dict[str, Any]]:

@@ -347,6 +347,31 @@ def test_damage_stops_the_loader_and_names_the_frame(tmp_path: Path) -> None:
         assert caught.value.code == "E_CHECKSUM"
 
 
+@pytest.mark.parametrize(("workers", "cache"), [(0, "mmap"), (1, "ram")])
+def test_a_damaged_window_comes_as_one_that_counts_for_nothing(tmp_path: Path, workers: int, cache) -> None:
+    make_store(tmp_path / "s.zarr", small_spec(), LENGTHS)
+    shard = tmp_path / "s.zarr/segments/main-0000/images/cam0/c/0/0/0/0"
+    content = shard.read_bytes()
+
+    def batches() -> tuple[list, list]:
+        store = Store(tmp_path / "s.zarr")
+        every = [WindowDataset(store, n_obs_steps=2, chunk_size=6, pad_end="mask", cache=cache, keep_damaged=True)]
+        preprocessor = Preprocessor(contract_of([store.spec], policy_config(cameras=2)))
+        made = loader(every, MixtureSampler([len(every[0])], [1], seed=4), batch_size=len(every[0]), steps=1,
+                      preprocess=preprocessor.batch, start_step=0, workers=workers, leave_out=True)  # fmt: skip
+        return [(batch, made.left_out) for batch in made]
+
+    ((whole, nothing),) = batches()
+    shard.write_bytes(content[: 30 * (8 * 8 * 3 + 4)] + b"\0" * 8 + content[30 * (8 * 8 * 3 + 4) + 8 :])
+    ((hurt, rows),) = batches()
+    assert nothing == () and 1 <= len(rows) <= 2  # the windows that look at the frame
+    others = np.setdiff1d(np.arange(len(whole.actions)), rows)
+    assert torch.equal(whole.actions[others], hurt.actions[others])
+    assert torch.equal(whole.observation.images[others], hurt.observation.images[others])
+    assert not hurt.action_valid[list(rows)].any() and not hurt.observation.image_valid[list(rows)].any()
+    assert whole.observation.image_valid[list(rows)].any()
+
+
 def resident(*names: str) -> int:
     """Resident memory of this process by kind [bytes]."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from test_train import config_for, losses, result, store  # noqa: F401
-from two_ranks import with_patch
+from two_ranks import damaged, spiking, with_patch, with_scaled_batch
 
 from dita.checkpoint import last_checkpoint, load_policy
+from dita.config import TrainConfig
 from dita.distributed import ranks_of_environment
 from dita.run_folder import Preempted
-from dita.train import PairwiseSum, sample_weights, train
+from dita.train import PairwiseSum, open_data, sample_weights, train
 
 HERE = Path(__file__).parent
 
@@ -36,12 +38,26 @@ def folder(store, tmp_path_factory) -> Path:  # noqa: F811
         with_patch(
             "_follow", lambda trainer, step: step == 1 and signal.raise_signal(signal.SIGINT), lambda: train(first)
         )
+    shutil.copytree(store, at / "damaged.zarr")
+    harm(at / "damaged.zarr", config)
+    train(dataclasses.replace(config, run=str(at / "damaged_one"), data=damaged(at, config)))
+    with_scaled_batch(5, lambda: train(dataclasses.replace(config, run=str(at / "spike_one"), **spiking(config))))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     command = [*torchrun, str(HERE / "two_ranks.py"), str(at)]
     env = os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=3000)
     assert (at / "hung.json").exists(), done.stderr
     return at
+
+
+def harm(path: Path, config: TrainConfig) -> None:
+    """Flip a bit of what the second of two processes reads in its second step."""
+    dataset, window = open_data(config).sampler.sample(1, 8)[6]
+    (shard,) = path.glob("segments/*/images/cam0/c/0/0/0/0")
+    content = bytearray(shard.read_bytes())
+    content[window * (32 * 32 * 3 + 4) + 9] ^= 1
+    shard.write_bytes(content)
+    assert dataset == 0
 
 
 def same(a: Path, b: Path) -> None:
@@ -58,6 +74,16 @@ def test_two_processes_continue_what_one_began(folder: Path) -> None:
     same(folder / "one", folder / "from_one")
 
 
+def test_two_processes_leave_out_and_go_back_as_one_does(folder: Path) -> None:
+    for name in ("damaged", "spike"):
+        same(folder / f"{name}_one", folder / name)
+    lines = [(folder / name / "quarantine.jsonl").read_text() for name in ("damaged", "damaged_one")]
+    assert lines[0] == lines[1] and json.loads(lines[0].splitlines()[0])["why"].startswith("E_CHECKSUM")
+    assert {(line["step"], line["row"]) for line in map(json.loads, lines[0].splitlines())} >= {(1, 6)}
+    kept = [json.loads((folder / name / "spike_0000005.json").read_text()) for name in ("spike", "spike_one")]
+    assert kept[0] == kept[1] and kept[0]["step"] == 5 and len(losses(folder / "spike")) == 8
+
+
 def test_one_process_continues_what_two_began(folder: Path, store) -> None:  # noqa: F811
     base = config_for(store, folder / "alone", batch_size=8, microbatch_size=2)
     config = dataclasses.replace(base, steps=2, optim=dataclasses.replace(base.optim, schedule="constant"))
@@ -65,9 +91,7 @@ def test_one_process_continues_what_two_began(folder: Path, store) -> None:  # n
     same(folder / "alone", folder / "to_one")
     # two more steps each, after the two of one and of two processes
     for name in ("alone", "to_one"):
-        path = folder / name / "config.json"  # more steps are another run; here they are meant
-        path.write_text(path.read_text().replace('"steps": 2', '"steps": 4'))
-        train(dataclasses.replace(config, run=str(folder / name), steps=4), "resume")
+        train(dataclasses.replace(config, run=str(folder / name), steps=4), "resume", allow_drift=["steps"])
     same(folder / "alone", folder / "to_one")
 
 

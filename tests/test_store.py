@@ -358,6 +358,18 @@ def test_a_jpeg_of_another_size_is_refused() -> None:
             decode_jpeg(jpeg, np.empty(shape, np.uint8))
 
 
+def test_a_picture_that_was_written_as_no_jpeg_is_named(path: Path, shard: Path) -> None:
+    make_store(path, small_spec(), codec="jpeg")
+    content = bytearray(shard.read_bytes())
+    start, size = np.frombuffer(content[-INDEX_BYTES:-4], "<u8").reshape(-1, 2)[10].tolist()
+    payload = b"\0" * (size - 4)
+    content[start : start + size] = payload + struct.pack("<I", google_crc32c.value(payload))  # its checksum is right
+    shard.write_bytes(content)
+    with pytest.raises(StoreError, match=r"E_DECODE: .*episode 2 \(test/002\), frame 115") as caught:
+        Store(path).read_frames(2, "cam1", [115])
+    assert caught.value.is_damage and not StoreError("E_NETWORK: no answer").is_damage
+
+
 @pytest.mark.parametrize("codec", ["raw", "jpeg"])
 def test_every_bit_flip_is_detected(path: Path, codec: str) -> None:
     make_store(path, small_spec(), codec=codec)

@@ -28,7 +28,7 @@ from dita.config import (
 )
 from dita.datasets.store import StoreWriter
 from dita.embodiment import embodiment_from_dict
-from dita.train import lr_scale, make_optimizer, train
+from dita.train import Trainer, build_policy, lr_scale, make_optimizer, open_data, train
 from dita.types import Episode
 
 
@@ -60,11 +60,12 @@ def config_for(store: Path, run: Path, **changes) -> TrainConfig:
         "run": str(run), "seed": 0, "steps": 4, "batch_size": 4, "microbatch_size": None,
         "noise_samples_per_context": 2, "loss_reduction": "token", "device": "cpu", "parallel": "ddp",
         "precision": "fp32", "activation_checkpointing": False, "compile": False, "threads": 1, "log_every": 1,
+        "on_spike": "warn",
         "save_every": 2, "async_save": False, "keep_last": 2, "keep_best": 0, "collective_timeout": 60.0,
         "save_timeout": 60.0, "worker_timeout": 60.0, "peak_tflops": 1.0, "wandb": None,
         "policy": policy_config(), "diffusion": diffusion_config(),
         "preprocess": PreprocessConfig("min_max", "squash", "stored"),
-        "data": DataConfig((StoreConfig(str(store), 1.0, None),), "mask", "ram", 0, None),
+        "data": DataConfig((StoreConfig(str(store), 1.0, None),), "mask", "ram", 0, None, 0.0),
         "augment": AugmentConfig(2, 0.1, 0.1, 0.1, 0.1, 0.05),
         "optim": OptimConfig(1e-3, 0.1, 0.01, (0.9, 0.95), 2, "cosine", 1.0, 0.99),
         "validation": ValidationConfig(0, 0.0, 8, None),
@@ -202,6 +203,30 @@ def test_learning_rate_schedule() -> None:
     assert scales[:4] == [0.25, 0.5, 0.75, 1.0]
     assert scales[4] == 1.0 and scales[9] == pytest.approx(0.5) and 0 < scales[13] < 0.05
     assert lr_scale(13, 14, dataclasses.replace(config, schedule="constant")) == 1.0
+
+
+def test_gradients_are_clipped_by_their_global_norm(store, tmp_path) -> None:
+    config = config_for(store, tmp_path, optim=OptimConfig(1e-3, 0.1, 0.01, (0.9, 0.95), 2, "cosine", 0.5, 0.99))
+    data = open_data(config)
+    trainer = Trainer(build_policy(config, data.stores, data.episodes), config)
+    assert trainer.gradient is not None
+    for value, left in ((3.0, 0.5), (1e-6, None)):
+        trainer.gradient.fill_(value)
+        norm = value * len(trainer.gradient) ** 0.5
+        assert trainer._reduce_and_clip() == pytest.approx(norm, rel=1e-3)
+        assert float(trainer.gradient.norm()) == pytest.approx(left or norm, rel=1e-3)
+
+
+def test_bf16_and_compiled_blocks_are_asked_for(store, tmp_path, monkeypatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    for name, changes in {"fp32": {}, "bf16": {"precision": "bf16"}, "compiled": {"compile": True}}.items():
+        train(config_for(store, tmp_path / name, steps=1, **changes))
+    full, half, same = (losses(tmp_path / name)[0] for name in ("fp32", "bf16", "compiled"))
+    assert half != full and half == pytest.approx(full, rel=0.02) and same == full
+    assert compiled == ["Block"] * policy_config().layers
+    weights = result(tmp_path / "bf16")[0]
+    assert {t.dtype for n, t in weights.items() if n.startswith(("ema.", "optimizer."))} == {torch.float32}
 
 
 def test_vectors_do_not_decay_and_the_backbone_is_slower(store, tmp_path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,10 +25,10 @@ from two_ranks import with_patch
 from dita import checkpoint
 from dita.checkpoint import NoSpace, last_checkpoint, load_policy
 from dita.cli import compose
-from dita.config import EvalConfig, ValidationConfig
+from dita.config import EvalConfig, StoreConfig, ValidationConfig
 from dita.datasets import mixture
-from dita.distributed import ALONE
-from dita.run_folder import newest_good, run_folder
+from dita.datasets.filters import write_filter
+from dita.run_folder import MAY_CHANGE, NEVER_CHANGES, Preempted, describe, newest_good, refuse_drift, run_folder
 from dita.train import Trainer, build_policy, open_data, train
 from dita.train_log import LEAST, SpikeWatch
 from dita.validate import best_steps, held_out, read_validation
@@ -150,6 +151,26 @@ def test_a_save_that_takes_long_skips_the_next_one(store, tmp_path, monkeypatch,
         assert all(torch.equal(t, two[n]) for n, t in one.items())
 
 
+def test_signals_while_saving_leave_a_good_checkpoint(store, tmp_path, monkeypatch) -> None:  # noqa: F811
+    seal = checkpoint._seal
+
+    def interrupted(partial: Path, folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        seal(partial, folder)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "_seal", interrupted)
+    with pytest.raises(Preempted, match="stopped after step 2; checkpoint saved") as e:
+        train(config_for(store, tmp_path / "run", save_every=1))
+    assert e.value.exit_code == 85 and e.value.signal == signal.SIGTERM
+    monkeypatch.undo()
+    assert newest_good(tmp_path / "run") == "0000002"  # that of step 1 was being written when the signal came
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["0000001", "0000002"]
+    train(config_for(store, tmp_path / "run", save_every=1), "resume")
+    train(config_for(store, tmp_path / "straight"))
+    assert result(tmp_path / "run")[1] == result(tmp_path / "straight")[1]
+
+
 def test_weights_that_are_not_finite_are_never_saved(store, tmp_path) -> None:  # noqa: F811
     def spoil(trainer: Trainer, step: int) -> None:
         if step == 1:
@@ -229,7 +250,7 @@ def test_a_line_of_the_log_says_what_was_trained_on(finished: Path, store) -> No
 def test_locks_of_other_machines_and_of_the_dead(store, tmp_path) -> None:  # noqa: F811
     run = tmp_path / "run"
     run.mkdir()
-    config, lock = config_for(store, run), run / "lock"
+    config, lock = describe(config_for(store, run), []), run / "lock"
     lock.write_text(f"{os.getpid()} another-machine 17")
     with pytest.raises(FileExistsError, match=f"process {os.getpid()} on another-machine is training in"):
         run_folder(run, config, "resume").__enter__()
@@ -247,17 +268,92 @@ def test_locks_of_other_machines_and_of_the_dead(store, tmp_path) -> None:  # no
         run_folder(run, config, "resume").__enter__()
 
 
-def test_other_episodes_are_another_run(finished: Path, store, tmp_path) -> None:  # noqa: F811
+def leaves(values: object, path: str = "") -> list[str]:
+    if isinstance(values, dict) and values:
+        return [leaf for key, inside in values.items() for leaf in leaves(inside, f"{path}.{key}" if path else key)]
+    return [path]
+
+
+def changed(values: dict, field: str) -> dict:
+    """Return a copy in which one field is another."""
+    key = next(k for k in values if field == k or field.startswith(f"{k}."))
+    rest = field[len(key) + 1 :]
+    return values | {key: changed(values[key], rest) if rest else "another"}
+
+
+def test_every_field_that_drifts_is_shown_and_refused_by_its_kind(store, tmp_path, capsys) -> None:  # noqa: F811
+    now = describe(config_for(store, tmp_path), open_data(config_for(store, tmp_path)).stores)
+    fields, path = leaves(now), tmp_path / "config.json"
+    assert {"optim.lr", "policy.vision.tokens", "code.dita/train.py", "code.torch", f"episodes_sha256.{store}"} <= set(
+        fields
+    )
+    kinds = {"may change": 0, "never changes": 0, "refused": 0}
+    for field in fields:
+        path.write_text(json.dumps(changed(now, field)))
+        free, never = (
+            any(field == f or field.startswith(f"{f}.") for f in some) for some in (MAY_CHANGE, NEVER_CHANGES)
+        )
+        if free:
+            refuse_drift(tmp_path, now, [])
+        elif never:
+            with pytest.raises(ValueError, match="never changes"):
+                refuse_drift(tmp_path, now, [field])
+            with pytest.raises(ValueError, match=rf"{re.escape(field)}: was 'another', now .*; use another run=$"):
+                refuse_drift(tmp_path, now, [])
+        else:
+            with pytest.raises(ValueError, match=rf"{re.escape(field)}: was 'another', now .* --allow-drift"):
+                refuse_drift(tmp_path, now, ["optim.clip_norm" if field != "optim.clip_norm" else "seed"])
+        kind = "may change" if free else "never changes" if never else "refused"
+        said = capsys.readouterr().err
+        assert said.count("\n-") == said.count("\n+") - 1 == 1  # the field's two lines, and the header's
+        assert f'\n-{field}: "another"\n+{field}: ' in said and said.endswith(f"  # {kind}\n")
+        kinds[kind] += 1
+        if kind == "refused":
+            for allowed in (field, field.split(".")[0]):
+                refuse_drift(tmp_path, now, [allowed])
+                assert capsys.readouterr().err.endswith("  # allowed\n")
+    assert min(kinds.values()) > 10
+    with pytest.raises(ValueError, match=r"--allow-drift optim\.lrr: there is no such field"):
+        refuse_drift(tmp_path, now, ["optim.lrr"])
+
+
+def test_drift_is_taken_when_it_is_allowed_and_written_down(finished: Path, store, tmp_path, capsys) -> None:  # noqa: F811
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    config = config_for(store, run, save_every=1, steps=3, keep_last=3)
-    path = run / "config.json"
-    path.write_text(path.read_text().replace('"episodes_sha256": {\n  "', '"episodes_sha256": {\n  "gone/'))
-    with pytest.raises(ValueError, match=r"started with another config: episodes_sha256\..*was None, now '"):
-        train(config, "resume")
-    with pytest.raises(ValueError, match=r"the embodiments or statistics differ from those of the data now"):
-        policy = build_policy(config, open_data(config).stores, [[0]])
-        Trainer(policy, config, ALONE).load(finished / "checkpoints" / "0000003" / "train")
+    base = config_for(store, run, save_every=1, steps=3, keep_last=3)
+    other = dataclasses.replace(base, steps=5, optim=dataclasses.replace(base.optim, lr=2e-3))
+    before = (run / "config.json").read_text()
+    for allowed in ([], ["steps"], ["optim.lr"]):
+        with pytest.raises(ValueError, match="was started with another config"):
+            train(other, "resume", allow_drift=allowed)
+        assert (run / "config.json").read_text() == before and len(losses(run)) == 3
+    with pytest.raises(ValueError, match="is of --resume"):
+        train(other, "overwrite", allow_drift=["steps"])
+    train(other, "resume", allow_drift=["steps", "optim"])
+    assert len(losses(run)) == 5
+    taken = {"optim.lr": [0.001, 0.002], "steps": [3, 5]}
+    assert json.loads((run / "drift.jsonl").read_text()) == {"step": 3, "was, now": taken}
+    capsys.readouterr()
+    train(other, "resume", allow_drift=["steps", "optim"])  # the same command once more: nothing drifts any more
+    assert "---" not in capsys.readouterr().err and len((run / "drift.jsonl").read_text().splitlines()) == 1
+
+
+def test_other_statistics_are_another_run_even_if_other_episodes_are_allowed(finished, store, tmp_path) -> None:  # noqa: F811
+    run, path = tmp_path / "run", tmp_path / "filter.json"
+    shutil.copytree(finished, run)
+    write_filter(path, {str(store): {"test/3": ["BY_HAND"]}})
+    base = config_for(store, run, save_every=1, steps=3, keep_last=3)
+    fewer = dataclasses.replace(base.data, stores=(StoreConfig(str(store), 1.0, str(path)),))
+    before = (run / "config.json").read_text()
+    with pytest.raises(
+        ValueError, match=r"data\.stores\[0\]\.filter: was None, now '.*filters_sha256\..*was None, now '"
+    ):
+        train(dataclasses.replace(base, data=fewer), "resume")
+    with pytest.raises(
+        ValueError, match=r"statistics differ from those.*\(\d+ values: embodiments\.arm\.stats\..*: was .*, now "
+    ):
+        train(dataclasses.replace(base, data=fewer), "resume", allow_drift=["data.stores", "filters_sha256"])
+    assert (run / "config.json").read_text() == before  # what was refused is not taken for the run's own
 
 
 def test_gradients_add_up_over_microbatches_to_the_mean_over_the_batch(store, tmp_path) -> None:  # noqa: F811

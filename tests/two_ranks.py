@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from dita.config import TrainConfig, from_dict
+from dita import train_log
+from dita.config import DataConfig, StoreConfig, TrainConfig, from_dict
+from dita.datasets import mixture
 from dita.train import Trainer, train
 
 PATIENCE = 5.0  # [s] of the last scenario's collectives
@@ -41,6 +44,8 @@ def main(folder: Path) -> None:
     run("from_one", "resume")  # one process took its first two steps
     run("to_one", steps=2, optim=dataclasses.replace(base.optim, schedule="constant"))
     run("fsdp", parallel="fsdp", activation_checkpointing=True, async_save=True)
+    run("damaged", data=damaged(folder, base))
+    with_scaled_batch(5, lambda: run("spike", **spiking(base)))
     refused("parallel", lambda: run("x", parallel="none"))
     refused("batch", lambda: run("x", batch_size=5))
     refused("microbatch", lambda: run("x", batch_size=8, microbatch_size=3))
@@ -72,6 +77,34 @@ def with_patch(name: str, before: Callable[[Trainer, int], object], do: Callable
         do()
     finally:
         setattr(Trainer, name, method)
+
+
+def damaged(folder: Path, base: TrainConfig) -> DataConfig:
+    """Return the data of a store that a test has damaged, of which training leaves out more than it would otherwise."""
+    data = dataclasses.replace(base.data, cache="mmap", stores=(StoreConfig(f"{folder}/damaged.zarr", 1.0, None),))
+    object.__setattr__(data, "quarantine", 0.1)
+    return data
+
+
+def spiking(base: TrainConfig) -> dict[str, Any]:
+    """Return what makes a run spike where its actions are large, and go back."""
+    diffusion = dataclasses.replace(base.diffusion, prediction_type="sample")
+    return {"steps": 8, "save_every": 2, "on_spike": "rollback", "diffusion": diffusion}
+
+
+def with_scaled_batch(number: int, do: Callable[[], None]) -> None:
+    """Make the actions of one batch ten thousand times larger, and four steps enough to tell a spike, for a while."""
+    get, least = mixture._Batches.__getitem__, train_log.LEAST
+
+    def scaled(self: Any, step: int) -> Any:
+        batch, left_out = get(self, step)
+        return (dataclasses.replace(batch, actions=batch.actions * 1e4) if step == number else batch), left_out
+
+    mixture._Batches.__getitem__, train_log.LEAST = scaled, 4
+    try:
+        do()
+    finally:
+        mixture._Batches.__getitem__, train_log.LEAST = get, least
 
 
 def poison(rank: int) -> Callable[[Trainer, int], None]:

@@ -7,7 +7,8 @@ import mmap
 import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from multiprocessing import reduction
 from pathlib import Path
@@ -36,6 +37,7 @@ class WindowDataset:
         past_action_slots: int = 0,
         cache: Literal["mmap", "ram"] = "mmap",
         episodes: Sequence[int] | None = None,
+        keep_damaged: bool = False,
     ) -> None:
         """Choose how windows are cut.
 
@@ -48,6 +50,7 @@ class WindowDataset:
             cache: "mmap" reads and checks frames each time; "ram" decodes all of them once into memory that
                 loader workers share.
             episodes: numbers of the episodes to use; None: all.
+            keep_damaged: of cache="ram": a damaged frame is an error of its windows only.
 
         Raises:
             ValueError: a dt is no multiple, or an episode does not exist.
@@ -61,7 +64,7 @@ class WindowDataset:
         self._obs_stride, self._action_stride = strides(store.spec)
         self._ends = list(accumulate(store.length(e) for e in self.episodes))
         self._composed: dict[int, np.ndarray] = {}
-        self._cache = _FrameCache(store, self.episodes) if cache == "ram" else None
+        self._cache = _FrameCache(store, self.episodes, keep_damaged) if cache == "ram" else None
 
     def __len__(self) -> int:
         """Return the number of windows: one per frame."""
@@ -74,6 +77,16 @@ class WindowDataset:
             IndexError: there is no such window.
             StoreError: a frame is missing or damaged.
         """
+        return self._cut(index, self._read)
+
+    def unread(self, index: int) -> Window:
+        """Cut window `index` without its pictures: they are black, and neither a frame nor a step of it is valid."""
+        cameras = {c.name: (c.height, c.width, 3) for c in self.store.spec.cameras}
+        window = self._cut(index, lambda _, camera, frames: np.zeros((len(frames), *cameras[camera]), np.uint8))
+        invalid = {name: np.zeros_like(getattr(window, name)) for name in ("frame_valid", "step_valid")}
+        return replace(window, **invalid)
+
+    def _cut(self, index: int, read: Callable[[int, str, list[int]], UInt8[np.ndarray, "t h w 3"]]) -> Window:
         if not 0 <= index < self._ends[-1]:
             raise IndexError(f"window {index} of {len(self)}")
         place = bisect_right(self._ends, index)
@@ -84,7 +97,7 @@ class WindowDataset:
         frames, frame_valid = observation_frames(step, n_obs_steps, self._obs_stride)
         rows, step_valid = action_rows(length, step, chunk_size, self._action_stride, self._pad_end, past)
         return Window(
-            images={c.name: self._read(episode, c.name, frames.tolist()) for c in self.store.spec.cameras},
+            images={c.name: read(episode, c.name, frames.tolist()) for c in self.store.spec.cameras},
             frame_valid=frame_valid,
             state=self.store.state(episode)[frames],
             instruction=self.store.episodes[episode].instruction,
@@ -117,8 +130,9 @@ class _FrameCache:
     A memory file vanishes with the last process that has it, however that ends, and /dev/shm's size does not matter.
     """
 
-    def __init__(self, store: Store, episodes: Sequence[int]) -> None:
+    def __init__(self, store: Store, episodes: Sequence[int], keep_damaged: bool) -> None:
         lengths = [store.length(e) for e in episodes]
+        self._damaged: dict[tuple[str, int], str] = {}  # what is wrong with a frame, by camera and place
         self._first = dict(zip(episodes, np.cumsum([0, *lengths[:-1]]).tolist(), strict=True))
         self._shapes = {c.name: (sum(lengths), c.height, c.width, 3) for c in store.spec.cameras}
         _require_memory(sum(map(math.prod, self._shapes.values())))
@@ -127,21 +141,37 @@ class _FrameCache:
             os.ftruncate(self._files[camera], math.prod(shape))
             frames = np.frombuffer(mmap.mmap(self._files[camera], math.prod(shape)), np.uint8).reshape(shape)
             for episode, first in self._first.items():
-                length = store.length(episode)
-                frames[first : first + length] = store.read_frames(episode, camera, range(length))
+                here = frames[first : first + store.length(episode)]
+                try:
+                    here[...] = store.read_frames(episode, camera, range(len(here)))
+                except StoreError:
+                    if not keep_damaged:
+                        raise
+                    self._read_one_by_one(store, episode, camera, here)
         self._map()
+
+    def _read_one_by_one(self, store: Store, episode: int, camera: str, out: UInt8[np.ndarray, "m h w 3"]) -> None:
+        for frame in range(len(out)):
+            try:
+                out[frame] = store.read_frames(episode, camera, [frame])[0]
+            except StoreError as e:
+                self._damaged[camera, self._first[episode] + frame] = str(e)
 
     def read(self, episode: int, camera: str, frames: list[int]) -> UInt8[np.ndarray, "t h w 3"]:
         """Return frames of an episode by their index in it."""
-        first = self._first[episode]
-        return self._frames[camera][[first + i for i in frames]]
+        places = [self._first[episode] + i for i in frames]
+        if self._damaged:
+            for place in places:
+                if (camera, place) in self._damaged:
+                    raise StoreError(self._damaged[camera, place])
+        return self._frames[camera][places]
 
     def __getstate__(self) -> dict[str, Any]:
         files = {camera: reduction.DupFd(file) for camera, file in self._files.items()}
-        return {"_first": self._first, "_shapes": self._shapes, "files": files}
+        return {"_first": self._first, "_shapes": self._shapes, "_damaged": self._damaged, "files": files}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._first, self._shapes = state["_first"], state["_shapes"]
+        self._first, self._shapes, self._damaged = state["_first"], state["_shapes"], state["_damaged"]
         self._keep({camera: file.detach() for camera, file in state["files"].items()})
         self._map()
 

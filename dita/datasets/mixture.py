@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dita.batch import Batch
 from dita.datasets.dataset import WindowDataset
+from dita.datasets.store import StoreError
 from dita.types import EmbodimentSpec, Window
 
 PERIOD = 2**16  # draws after which the order of datasets repeats; weights are met to 1 / PERIOD
@@ -128,6 +129,7 @@ def loader(
     rank: int = 0,
     world_size: int = 1,
     timeout: float = WORKER_TIMEOUT,
+    leave_out: bool = False,
 ) -> Watched:
     """Load the batches of steps start_step..steps-1, in order; the same ones for any number of workers.
 
@@ -142,12 +144,14 @@ def loader(
         rank: of this process.
         world_size: number of ranks.
         timeout: of a batch [s].
+        leave_out: let a window with damaged frames come as `WindowDataset.unread` has it, its row in
+            `Watched.left_out`; else it is an error.
 
     Raises:
         ValueError: `batch_size` does not divide by `world_size`.
         StoreError: a frame is missing or damaged, once its batch is asked for.
     """
-    batches = _Batches(datasets, sampler, batch_size, preprocess, rank, world_size)
+    batches = _Batches(datasets, sampler, batch_size, preprocess, rank, world_size, leave_out)
     many: dict[str, Any] = {"multiprocessing_context": "spawn", "persistent_workers": True, "timeout": LOOK}
     batches = DataLoader(
         batches,
@@ -165,6 +169,7 @@ class Watched:
 
     def __init__(self, batches: DataLoader, first_step: int, timeout: float) -> None:
         self._batches, self._first, self._timeout = batches, first_step, timeout
+        self.left_out: tuple[int, ...] = ()  # rows of the last batch whose windows could not be read
         self._workers: list[BaseProcess] = []
         self._waiting = self._hung = ""  # for what, and which worker was found to be stopped
 
@@ -178,15 +183,16 @@ class Watched:
         try:
             for step in itertools.count(self._first):
                 self._waiting = f"batch of step {step}"
-                batch = self._next(batches)
+                found = self._next(batches)
                 self._waiting = ""
-                if batch is None:
+                if found is None:
                     return
+                batch, self.left_out = found[0], tuple(found[1])  # torch makes lists of tuples
                 yield batch
         finally:
             over.set()
 
-    def _next(self, batches: Iterator[Batch]) -> Batch | None:
+    def _next(self, batches: Iterator[tuple[Batch, tuple[int, ...]]]) -> tuple[Batch, tuple[int, ...]] | None:
         began = time.monotonic()
         while True:
             try:
@@ -245,7 +251,7 @@ def _state(process: BaseProcess) -> str:
 
 
 class _Batches(Dataset):
-    """The batch of each step."""
+    """The batch of each step, and the rows of it that could not be read."""
 
     def __init__(
         self,
@@ -255,16 +261,26 @@ class _Batches(Dataset):
         preprocess: Callable[[list[Window]], Batch],
         rank: int,
         world_size: int,
+        leave_out: bool,
     ) -> None:
         self._datasets = tuple(datasets)
         self._sampler = sampler
         self._preprocess = preprocess
+        self._leave_out = leave_out
         self._share = (batch_size, rank, world_size)
         sampler.sample(0, *self._share)  # refuses a bad share now, not in a worker
 
-    def __getitem__(self, step: int) -> Batch:
-        chosen = self._sampler.sample(step, *self._share)
-        return self._preprocess([self._datasets[d][w] for d, w in chosen])
+    def __getitem__(self, step: int) -> tuple[Batch, tuple[int, ...]]:
+        windows, left_out = [], []
+        for row, (d, w) in enumerate(self._sampler.sample(step, *self._share)):
+            try:
+                windows.append(self._datasets[d][w])
+            except StoreError as e:
+                if not (self._leave_out and e.is_damage):
+                    raise
+                windows.append(self._datasets[d].unread(w))
+                left_out.append(row)
+        return self._preprocess(windows), tuple(left_out)
 
 
 def _apportion(shares: np.ndarray, total: int) -> Int64[np.ndarray, "d"]:

@@ -45,6 +45,11 @@ class StoreError(ValueError):
         found = re.search(r"[EW]_[A-Z]+(_[A-Z]+)*", str(self))  # a torch worker puts its own line first
         return found.group() if found else ""
 
+    @property
+    def is_damage(self) -> bool:
+        """Whether it is about what is stored, not about a network, a disk or rights."""
+        return self.code in ("E_CHECKSUM", "E_CHUNK_MISSING", "E_TRUNCATED", "E_DECODE")
+
 
 @dataclass(frozen=True)
 class ArrayLayout:
@@ -112,7 +117,7 @@ class ShardReader:
     """Read chunks and frames of one array.
 
     Raises:
-        StoreError: E_CHUNK_MISSING, E_CHECKSUM or E_TRUNCATED, with file, episode and frame.
+        StoreError: E_CHUNK_MISSING, E_CHECKSUM, E_TRUNCATED or E_DECODE, with file, episode and frame.
     """
 
     def __init__(self, files: Any, segment: str, layout: ArrayLayout, locate: Callable[[int], str]) -> None:
@@ -158,7 +163,10 @@ class ShardReader:
         """Check a chunk, payload and crc, and put its values into `out`, contiguous."""
         if self.layout.codec == "jpeg":
             self._check(number, google_crc32c.value(chunk))
-            decode_jpeg(chunk[:-4], out)
+            try:
+                decode_jpeg(chunk[:-4], out)
+            except ValueError as e:  # it was written like that
+                raise self._error("E_DECODE", number, str(e)) from None
             return
         values = out.reshape(-1).view(np.uint8)
         values[...] = chunk[:-4]
