@@ -14,7 +14,7 @@ from dita.config import TrainConfig
 from dita.cost import device_peak, training_cost
 from dita.distributed import Ranks
 from dita.preprocess import Preprocessor, make_contract
-from dita.train import Data, build_contract, open_data, rows_of
+from dita.train_data import Data, build_contract, open_data, rows_of
 
 GUESSED_MFU = 0.4  # of a GPU that computes all the time; measure with a short run
 SHOWN = 6  # windows of the picture

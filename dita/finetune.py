@@ -31,7 +31,8 @@ from dita.embodiment import load_embodiment, slices
 from dita.lora import add_adapters, train_projections
 from dita.policy.policy import DitaPolicy
 from dita.preprocess import Contract, Origin, extend_contract
-from dita.train import Exist, build_contract, train
+from dita.train import Exist, train
+from dita.train_data import build_contract
 from dita.types import EmbodimentSpec
 
 START = re.compile(r"(?:^|/)([^/]+)/seed=(\d+)(?:/|$)")  # in the source of a simulated demonstration

@@ -35,7 +35,8 @@ NEVER_CHANGES = ("policy", "diffusion", "preprocess", "method", "lora", "statist
 CONTENT = ("filters_sha256", "episodes_sha256", "code")  # by name; of a config's other parts, keys may be added
 HERE = Path(__file__).parent
 CODE = (  # what the result of a step is computed by
-    *("train.py", "preprocess.py", "normalize.py", "relative.py", "lora.py", "policy/*.py"),
+    *("train.py", "train_data.py", "optimize.py", "preprocess.py", "normalize.py", "relative.py", "lora.py"),
+    "policy/*.py",
     *(f"datasets/{name}.py" for name in ("augment", "dataset", "mixture", "segments", "shards", "store", "windows")),
 )
 

@@ -14,8 +14,7 @@ import shutil
 import signal
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +35,21 @@ from dita.checkpoint import (
     whole_checkpoints,
     write_json,
 )
-from dita.config import OptimConfig, TrainConfig
+from dita.config import TrainConfig
 from dita.cost import device_peak, flops_per_window
 from dita.datasets.augment import augment
-from dita.datasets.dataset import WindowDataset, iter_low_dim, shots
-from dita.datasets.filters import kept
-from dita.datasets.mixture import MixtureSampler, check_rates, loader
-from dita.datasets.store import Store, StoreError
-from dita.datasets.windows import strides
+from dita.datasets.mixture import loader
+from dita.datasets.store import Store
 from dita.distributed import ALONE, Ranks, processes, shard, whole
-from dita.normalize import fit
+from dita.optimize import PairwiseSum, flat_gradient, lr_scale, make_optimizer, sample_weights
 from dita.policy.policy import DitaPolicy, Draws
-from dita.preprocess import Contract, differences, make_contract
+from dita.preprocess import differences
 from dita.quarantine import Quarantine, read_quarantine
-from dita.relative import relative_chunks
 from dita.run_folder import Exist, Preempted, StopFlag, describe, newest_good, run_folder, write_description
+from dita.train_data import AUGMENT, INIT, NOISE, Data, build_contract, open_data, rows_of, seed_of, windows
 from dita.train_log import Log, SpikeWatch, warn
-from dita.types import EmbodimentSpec, NormStats
-from dita.validate import best_steps, held_out, validate
+from dita.validate import best_steps, validate
 
-INIT, NOISE, AUGMENT, DATA, SPLIT = range(5)  # purposes of random numbers
 MOST_FAILED_SAVES = 3
 MOST_ROLLBACKS = 3  # to one checkpoint
 Build = Callable[[TrainConfig, Sequence[Store], Sequence[Sequence[int]]], DitaPolicy]
@@ -96,120 +90,13 @@ def train(
     return run
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a run trains on, and what it is kept away from."""
-
-    stores: Sequence[Store]
-    episodes: Sequence[Sequence[int]]  # trained on, per store
-    held_out: Sequence[Sequence[int]]  # validated on
-    datasets: Sequence[WindowDataset]
-    sampler: MixtureSampler
-
-    def sources(self, batch: int, batch_size: int) -> np.ndarray:
-        """Return which store each sample of a global batch comes from."""
-        return np.array([d for d, _ in self.sampler.sample(batch, batch_size)])
-
-    def name(self, batch: int, batch_size: int, row: int) -> dict[str, Any]:
-        """Name a sample of a global batch for people."""
-        dataset, window = self.sampler.sample(batch, batch_size)[row]
-        episode, frame = self.datasets[dataset].locate(window)
-        store = self.stores[dataset]
-        return {"row": row, "store": str(store.path), "episode": episode, "frame": frame,
-                "source": store.episodes[episode].source}  # fmt: skip
-
-    def why(self, batch: int, batch_size: int, row: int) -> str:
-        """Read a sample again and return what is wrong with it."""
-        dataset, window = self.sampler.sample(batch, batch_size)[row]
-        try:
-            self.datasets[dataset][window]
-        except StoreError as e:
-            return str(e)
-        place = ", ".join(f"{key} {value}" for key, value in self.name(batch, batch_size, row).items())
-        return f"{place}: could not be read, and then it could: look at the storage of the nodes"
-
-
-def open_data(config: TrainConfig) -> Data:
-    """Open the stores of a config, choose and split their episodes, and mix them."""
-    stores = [Store(s.path) for s in config.data.stores]
-    chosen = [_episodes(store, s.filter, config) for store, s in zip(stores, config.data.stores, strict=True)]
-    seed = _seed(config.seed, SPLIT)
-    split = [held_out(episodes, config.validation.episodes, seed) for episodes in chosen]
-    episodes = [[e for e in every if e not in away] for every, away in zip(chosen, split, strict=True)]
-    datasets = [windows(store, config, e) for store, e in zip(stores, episodes, strict=True)]
-    weights = [s.weight for s in config.data.stores]
-    sampler = MixtureSampler([len(d) for d in datasets], weights, _seed(config.seed, DATA, 0))
-    return Data(stores, episodes, split, datasets, sampler)
-
-
-def windows(store: Store, config: TrainConfig, episodes: Sequence[int]) -> WindowDataset:
-    """Cut the windows of some episodes as the policy takes them."""
-    return WindowDataset(
-        store,
-        n_obs_steps=config.policy.n_obs_steps,
-        chunk_size=config.policy.chunk_size,
-        past_action_slots=config.policy.past_action_slots,
-        pad_end=config.data.pad_end,
-        cache=config.data.cache,
-        episodes=episodes,
-        keep_damaged=config.data.quarantine > 0,
-    )
-
-
-def _episodes(store: Store, filter: str | None, config: TrainConfig) -> list[int]:
-    among = kept(store, filter)
-    return list(among if config.data.shots is None else shots(store, config.data.shots, config.seed, among))
-
-
-def rows_of(config: TrainConfig, ranks: Ranks) -> tuple[int, int]:
-    """Return how many windows of a global batch are a rank's, and how many go through the network at once.
-
-    Raises:
-        ValueError: the batch does not divide.
-    """
-    if config.batch_size % ranks.world:
-        raise ValueError(f"batch_size {config.batch_size} is global and must divide by {ranks.world} processes")
-    share = config.batch_size // ranks.world
-    micro = config.microbatch_size or share
-    if share % micro:
-        raise ValueError(
-            f"batch_size {config.batch_size} over {ranks.world} processes is {share} windows each, which do not divide "
-            f"by microbatch_size {micro}"
-        )
-    return share, micro
-
-
 def build_policy(config: TrainConfig, stores: Sequence[Store], episodes: Sequence[Sequence[int]]) -> DitaPolicy:
     """Fit statistics, make the contract and initialise a policy on the config's device."""
-    torch.manual_seed(_seed(config.seed, INIT, 0))
+    torch.manual_seed(seed_of(config.seed, INIT, 0))
     policy = DitaPolicy(config.policy, config.diffusion, build_contract(config, stores, episodes))
     if config.policy.vision.pretrained is not None:
         policy.model.vision.load_patches(config.policy.vision.pretrained)
     return policy.to(config.device)
-
-
-def build_contract(config: TrainConfig, stores: Sequence[Store], episodes: Sequence[Sequence[int]]) -> Contract:
-    """Pool the statistics of all stores of an embodiment; two stores must agree on what the embodiment is."""
-    specs = {store.spec.name: store.spec for store in stores}
-    for store in stores:
-        if store.spec != specs[store.spec.name]:
-            raise ValueError(
-                f"{store.path}: embodiment {store.spec.name!r} differs from another store's; rename one of them"
-            )
-    check_rates(list(specs.values()), told=config.policy.embodiment_token)
-    stats: list[NormStats] = []
-    for spec in specs.values():
-        parts = [(s, e) for s, e in zip(stores, episodes, strict=True) if s.spec.name == spec.name]
-        pairs = (pair for store, chosen in parts for pair in iter_low_dim(store, chosen))
-        if config.preprocess.actions == "relative":
-            pairs = ((state, _relative(state, action, spec, config)) for state, action in pairs)
-        stats.append(fit(spec, pairs))
-    return make_contract(config.preprocess, config.policy, list(specs.values()), stats)
-
-
-def _relative(state: np.ndarray, action: np.ndarray, spec: EmbodimentSpec, config: TrainConfig) -> np.ndarray:
-    rows = range(-config.policy.past_action_slots, config.policy.chunk_size)
-    return relative_chunks(state, action, spec, rows, strides(spec)[1])
 
 
 class Trainer:
@@ -275,7 +162,7 @@ class Trainer:
     def _draw(self, step: int, first: int, rows: int) -> Draws:
         """Draw each window's noise, times and committed slots by its own place in the global batch."""
         generator, samples = torch.Generator(), self.config.noise_samples_per_context
-        seeds = (_seed(self.config.seed, NOISE, step, first + i) for i in range(rows))
+        seeds = (seed_of(self.config.seed, NOISE, step, first + i) for i in range(rows))
         return Draws.join([self.policy.draw(1, samples, generator.manual_seed(seed)) for seed in seeds])
 
     def _backward(
@@ -285,7 +172,7 @@ class Trainer:
         config, errors = self.config, []
         micro = config.microbatch_size or len(weights)
         add = PairwiseSum(self.gradient)
-        seed = _seed(config.seed, AUGMENT, step)
+        seed = seed_of(config.seed, AUGMENT, step)
         scale = torch.from_numpy(weights).float()
         for begin in range(0, len(weights), micro):
             part = slice(begin, begin + micro)
@@ -598,44 +485,6 @@ class NotFinite(ValueError):
         self.rows = list(rows)
 
 
-class PairwiseSum:
-    """Adds the gradients of microbatches in pairs of pairs: ((a + b) + (c + d)) + ...
-
-    One rank with four microbatches then adds in the same order as two ranks with two each. The price is a copy of the
-    gradient for each doubling beyond two. FSDP keeps its own sum.
-    """
-
-    def __init__(self, running: Tensor | None) -> None:
-        self.running = running  # autograd adds a pair into it
-        self.done = 0
-        self.waiting: list[tuple[int, Tensor]] = []  # (number of pairs in it, sum)
-
-    def begin(self) -> None:
-        """Make room for the next microbatch's gradient, which autograd adds to `running`."""
-        if self.running is not None and self.done and self.done % 2 == 0:
-            self._put_aside()
-        self.done += 1
-
-    def finish(self) -> None:
-        """Leave the sum of all of them in `running`."""
-        if self.running is None or not self.waiting:
-            return
-        self._put_aside()
-        while len(self.waiting) > 1:
-            (_, later), (pairs, earlier) = self.waiting.pop(), self.waiting.pop()
-            self.waiting.append((pairs, earlier.add_(later)))
-        self.running.copy_(self.waiting.pop()[1])
-
-    def _put_aside(self) -> None:
-        assert self.running is not None
-        pairs, total = 1, self.running.clone()
-        self.running.zero_()
-        while self.waiting and self.waiting[-1][0] == pairs:
-            total = self.waiting.pop()[1].add_(total)
-            pairs *= 2
-        self.waiting.append((pairs, total))
-
-
 class _Silent:
     """The log of ranks that have none."""
 
@@ -645,37 +494,11 @@ class _Silent:
     def __exit__(self, *error: object) -> None: ...
 
 
-def flat_gradient(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Return one vector whose parts are the parameters' gradients: added over ranks, and clipped, at once.
-
-    torch's DistributedDataParallel orders its buckets anew after the first step of a process, and with them the order
-    of sums over three or more ranks: a resumed run would differ from one that never stopped.
-    """
-    gradient = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-    offset = 0
-    for p in parameters:
-        p.grad = gradient[offset : offset + p.numel()].view_as(p)
-        offset += p.numel()
-    return gradient
-
-
 def layers_of(policy: DitaPolicy) -> list[nn.Module]:
     """Return the layers that FSDP shards one by one: those that are called as a whole."""
     lists = [m for m in policy.modules() if isinstance(m, nn.ModuleList)]
     apart = getattr(policy.model.language, "blocks", None)  # the byte encoder calls parts of its blocks
     return [layer for layers in lists if layers is not apart for layer in layers]
-
-
-def sample_weights(counted: Float64[np.ndarray, "g"], reduction: str) -> Float64[np.ndarray, "g"]:
-    """Return the weight of each sample's squared errors in the loss, given how many elements it has.
-
-    token: every element alike; sample: every sample alike; square: between them, a sample of l elements weighs
-    sqrt(l) (InternVL 2.5, arXiv 2412.05271, sec. 3.3).
-    """
-    power = {"token": 0.0, "square": 0.5, "sample": 1.0}[reduction]
-    real = counted > 0
-    weights = np.where(real, np.maximum(counted, 1.0) ** -power, 0.0)
-    return weights / max(math.fsum(weights * counted), 1e-300)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -693,37 +516,3 @@ def _clipped(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Count targets outside [-1, 1], which sampling with clip_sample=1 cannot reach, and all real ones, per window."""
     outside = (batch.actions.abs() > 1 + 1e-5) & batch.action_valid
     return outside.flatten(1).sum(1).cpu().numpy(), batch.action_valid.flatten(1).sum(1).cpu().numpy()
-
-
-def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW: no decay on vectors, a scaled rate for a pretrained vision backbone."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, p in parameters.items():
-        groups.setdefault((".vision.patches." in name, p.ndim >= 2), []).append(p)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": params,
-                "base_lr": config.lr * (config.vision_lr_scale if backbone else 1.0),
-                "weight_decay": config.weight_decay if matrix else 0.0,
-            }
-            for (backbone, matrix), params in groups.items()
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        fused=False,
-    )
-
-
-def lr_scale(step: int, steps: int, config: OptimConfig) -> float:
-    """Return the factor on the learning rate: linear warm-up, then constant or cosine to zero."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

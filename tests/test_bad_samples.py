@@ -19,7 +19,8 @@ from dita.config import TrainConfig, ValidationConfig
 from dita.datasets import mixture
 from dita.datasets.store import StoreError, StoreWriter
 from dita.embodiment import embodiment_from_dict
-from dita.train import Trainer, open_data, remove_checkpoint, train
+from dita.train import Trainer, remove_checkpoint, train
+from dita.train_data import open_data
 from dita.types import Episode
 from dita.validate import read_validation
 

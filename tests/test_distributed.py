@@ -21,7 +21,9 @@ from dita.checkpoint import last_checkpoint, load_policy
 from dita.config import TrainConfig
 from dita.distributed import ranks_of_environment
 from dita.run_folder import Preempted
-from dita.train import PairwiseSum, open_data, sample_weights, train
+from dita.optimize import PairwiseSum, sample_weights
+from dita.train import train
+from dita.train_data import open_data
 
 HERE = Path(__file__).parent
 

@@ -31,7 +31,8 @@ from dita.datasets.doctor import (
 )
 from dita.datasets.filters import kept, read_filter, write_filter
 from dita.datasets.store import Store, StoreWriter
-from dita.train import _episodes, build_contract, train
+from dita.train import train
+from dita.train_data import build_contract, chosen_episodes
 from dita.types import EmbodimentSpec, Episode
 
 PATH = Path(__file__).parent.parent / "benchmarks" / "doctor.py"
@@ -363,7 +364,7 @@ def test_training_never_samples_filtered_episodes_and_leaves_them_out_of_the_sta
         train(config)
         assert set(seen) == {store.episodes[i].source for i in numbers}
         seen.clear()
-        stats = build_contract(config, [store], [_episodes(store, config.data.stores[0].filter, config)]).stats
+        stats = build_contract(config, [store], [chosen_episodes(store, config.data.stores[0].filter, config)]).stats
         found = stats["hand_arm"].fields["state/hand"]
         states = np.concatenate([store.state(i)[:, :3] for i in numbers]).astype(np.float64)
         assert found.count == len(states)

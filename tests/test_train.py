@@ -28,7 +28,9 @@ from dita.config import (
 )
 from dita.datasets.store import StoreWriter
 from dita.embodiment import embodiment_from_dict
-from dita.train import Trainer, build_policy, lr_scale, make_optimizer, open_data, train
+from dita.optimize import lr_scale, make_optimizer
+from dita.train import Trainer, build_policy, train
+from dita.train_data import open_data
 from dita.types import Episode
 
 

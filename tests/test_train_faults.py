@@ -29,7 +29,8 @@ from dita.config import EvalConfig, StoreConfig, ValidationConfig
 from dita.datasets import mixture
 from dita.datasets.filters import write_filter
 from dita.run_folder import MAY_CHANGE, NEVER_CHANGES, Preempted, describe, newest_good, refuse_drift, run_folder
-from dita.train import Trainer, build_policy, open_data, train
+from dita.train import Trainer, build_policy, train
+from dita.train_data import open_data
 from dita.train_log import LEAST, SpikeWatch
 from dita.validate import best_steps, held_out, read_validation
 
