@@ -20,8 +20,8 @@ from two_ranks import damaged, spiking, with_patch, with_scaled_batch
 from dita.checkpoint import last_checkpoint, load_policy
 from dita.config import TrainConfig
 from dita.distributed import ranks_of_environment
-from dita.run_folder import Preempted
 from dita.optimize import PairwiseSum, sample_weights
+from dita.run_folder import Preempted
 from dita.train import train
 from dita.train_data import open_data
 
