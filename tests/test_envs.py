@@ -18,6 +18,7 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dita.cli import compose
 from dita.config import CollectConfig, EnvConfig, PerturbConfig
 from dita.datasets.store import Store
 from dita.embodiment import load_embodiment
@@ -156,6 +157,15 @@ def test_every_task_has_its_own_sentence_and_an_expert():
 
 @pytest.mark.filterwarnings("ignore:.*is different from the unwrapped version")  # the wrapper is what is checked
 @pytest.mark.filterwarnings("ignore:.*we recommend using a symmetric")  # ours are SI: joints' ranges are what they are
+def test_the_lists_of_metaworlds_benchmarks_are_its_own():
+    from metaworld.env_dict import MT10_V3, MT50_V3
+
+    for name, tasks in (("metaworld_mt10", MT10_V3), ("metaworld_mt50", MT50_V3)):
+        env = compose("collect", [f"env={name}", "out=x"], CollectConfig).env
+        assert set(env.tasks) == set(tasks) and len(env.tasks) == len(tasks) and env.max_steps == 500
+        check_tasks(env)
+
+
 @pytest.mark.parametrize("wrap", [lambda env: env, WithImages])
 def test_gymnasium_accepts_the_environment(wrap, button):
     env: gymnasium.Env = wrap(button)

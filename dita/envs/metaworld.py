@@ -150,7 +150,8 @@ GOAL_IN_PICTURE = frozenset({
 class MetaWorldEnv(RobotEnv):
     """A Meta-World task; its start depends on (task, seed) only.
 
-    The state is the hand's position and the gripper's opening; object and goal stay hidden from the policy.
+    Success, at any step: Meta-World's own `success` of the task. The state is the hand's position and the gripper's
+    opening; object and goal stay hidden from the policy.
     """
 
     upside_down = frozenset({"corner", "corner2", "corner3", "corner4"})  # Meta-World mounts these cameras so

@@ -90,7 +90,10 @@ def make(config: EnvConfig, task: str) -> RobosuiteEnv:
 
 
 class RobosuiteEnv(RobotEnv):
-    """A robosuite task; its start depends on (embodiment, task, seed) only."""
+    """A robosuite task; its start depends on (embodiment, task, seed) only.
+
+    Success, at any step: robosuite's own `_check_success` of the task.
+    """
 
     def __init__(self, embodiment: EmbodimentSpec, task: str, max_steps: int, fast_render: bool = True) -> None:
         super().__init__("robosuite", embodiment, TASKS, max_steps, fast_render)
