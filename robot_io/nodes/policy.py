@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 import numpy as np
 
 from robot_io import messages as m
-from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, Bus, open_bus
+from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, Bus, Qos, open_bus
 from robot_io.core.chunk_buffer import Chunk
 from robot_io.core.limits import Field, parse_robot
 from robot_io.core.policy_loop import PolicyLoop, Predictor, Range
@@ -40,6 +40,7 @@ CAMERA_FRAMES = 3  # that a camera may leave out, if that is longer than max_age
 HUNG_S = 1.0  # that an inference may take before it is told
 SAY_S = 5.0  # between two log lines of one kind
 LEAVE_S = 2.0  # that the inference thread gets at the end
+MEASURED = Qos(reliable=False, latched=False, depth=10, lease_s=None)  # a lost one must not keep others waiting
 STATE_MARGIN, STATE_FRAMES = 0.25, 10  # outside the training data: a share of its range, observations in a row
 ACTION_MARGIN, ACTION_STEPS = 1.0, 5
 
@@ -125,9 +126,9 @@ class PolicyNode:
             else:
                 self._subscribe(image_topic(camera), m.IMAGE, SENSOR, self._image(camera))
         if self.robot.driver.pose_topic in self._sources():
-            self._subscribe(self.robot.driver.pose_topic, m.POSE, STATE, self._on_pose)
+            self._subscribe(self.robot.driver.pose_topic, m.POSE, MEASURED, self._on_pose)
         if self.robot.driver.joints_topic in self._sources():
-            self._subscribe(self.robot.driver.joints_topic, m.JOINT_STATE, STATE, self._on_joints)
+            self._subscribe(self.robot.driver.joints_topic, m.JOINT_STATE, MEASURED, self._on_joints)
         self._subscribe(INSTRUCTION, m.STRING, LATCHED, self._on_instruction)
         self._subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_guard)
         self._subscribe(EXECUTED, chunk_type(self.robot), STATE, self._on_executed)
