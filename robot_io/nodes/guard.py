@@ -188,7 +188,7 @@ class GuardNode:
         self._executed = bus.publisher(EXECUTED, chunk_type(self.robot), STATE)
         self._state = bus.publisher(GUARD_STATE, m.STRING, LATCHED)
         self._diagnostics = bus.publisher(DIAGNOSTICS, m.DIAGNOSTICS, STATE)
-        # best effort: only the newest state counts, and a lost one must not keep the next ones waiting for its repeat
+        # best effort: only the newest state or sign of life counts, and a lost one must not keep the next ones waiting
         if joint or self.robot.gripper is not None:
             self._subscribe(driver.joints_topic, m.JOINT_STATE, SENSOR, self._on_joints)
         if not joint:
@@ -202,7 +202,7 @@ class GuardNode:
         self._subscribe(PREFLIGHT, m.STRING, LATCHED, self._on_preflight)
         self._subscribe(driver.mode_topic, m.STRING, LATCHED, self._on_mode)
         self._subscribe(ARM, m.BOOL, STATE, self._on_arm)
-        self._subscribe(HEARTBEAT, m.STRING, STATE, self._on_heartbeat)
+        self._subscribe(HEARTBEAT, m.STRING, SENSOR, self._on_heartbeat)
         self._subscribe(POLICY_STATE, m.STRING, LATCHED, self._on_policy_state)
         self._subscribe(TAKEOVER, m.STRING, STATE, self._on_takeover)
         self._subscribe(SPEED, m.FLOAT, STATE, self._on_speed)
