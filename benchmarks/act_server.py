@@ -1,6 +1,6 @@
 """The peer of a live node: a policy behind HTTP, POST /act with an image's bytes and a state, chunk back as JSON.
 
-python -m benchmarks.act_server CHECKPOINT PORT
+python -m benchmarks.act_server CHECKPOINT PORT INFERENCE_STEPS
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dita.policy.policy import DitaPolicy
 from dita.types import RawObservation
 
 
-def main(checkpoint: str, port: int) -> None:
+def main(checkpoint: str, port: int, steps: int) -> None:
     """Serve until killed."""
     torch.set_num_threads(1)
-    session = PolicySession(DitaPolicy.from_pretrained(checkpoint))
+    session = PolicySession(DitaPolicy.from_pretrained(checkpoint), num_inference_steps=steps)
     camera = session.policy.specs[session.embodiment].cameras[0]
     history: list[RawObservation] = []
 
@@ -49,4 +49,4 @@ def main(checkpoint: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

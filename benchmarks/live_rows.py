@@ -70,6 +70,7 @@ COLOURS = ("#5d6872", "#009e73", "#0072b2", "#56b4e9", "#d55e00")
 
 IMAGE_HZ, STATE_HZ, TICK_HZ = 10.0, 100.0, 100.0
 WARM_UP = 8  # images of a round
+INFERENCE_STEPS = 5  # a tick well below the camera's period: else each waits for the last one, and that is measured
 SIZE = (480, 640)
 INSTRUCTION_TEXT = "press the button"
 
@@ -183,10 +184,11 @@ def node_latency(tier: str) -> list[Case]:
         robot.write_text(canonical_json(embodiment_to_dict(spec)), encoding="utf-8")
         children = stack.enter_context(Children())
         port = _free_port()
-        children.start("http", [sys.executable, "-m", "benchmarks.act_server", at, str(port)])
+        children.start("http", [sys.executable, "-m", "benchmarks.act_server", at, str(port), str(INFERENCE_STEPS)])
         bus_arguments = {"kind": "dds", "domain_id": domain}
         policy = {
-            "bus": bus_arguments, "checkpoint": at, "embodiment": str(robot), "seed": 0, "num_inference_steps": None,
+            "bus": bus_arguments, "checkpoint": at, "embodiment": str(robot), "seed": 0,
+            "num_inference_steps": INFERENCE_STEPS,
             "device": "cpu", "precision": "fp32", "path": "auto", "slop": 0.033, "max_age": 0.15, "interval": 0.0,
         }  # fmt: skip
         guard = {
