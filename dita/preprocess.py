@@ -110,14 +110,14 @@ class Contract:
         if spec.name not in self.specs:
             raise ValueError(f"embodiment {spec.name!r} is not in the checkpoint; it knows {sorted(self.specs)}")
         ours, theirs = embodiment_to_dict(self.specs[spec.name]), embodiment_to_dict(spec)
-        differences = [
+        found = [
             f"{path}: checkpoint {a!r}, here {b!r}"
             for key in ours
             if key not in ("limits", "driver", "robot")
             for path, a, b in differences(ours[key], theirs[key], key)
         ]
-        if differences:
-            raise ValueError(f"embodiment {spec.name!r} differs from the checkpoint's: " + "; ".join(differences[:5]))
+        if found:
+            raise ValueError(f"embodiment {spec.name!r} differs from the checkpoint's: " + "; ".join(found[:5]))
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[tuple[str, Any, Any]]:

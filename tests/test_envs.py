@@ -155,8 +155,6 @@ def test_every_task_has_its_own_sentence_and_an_expert():
     assert len(set(INSTRUCTIONS.values())) == 50
 
 
-@pytest.mark.filterwarnings("ignore:.*is different from the unwrapped version")  # the wrapper is what is checked
-@pytest.mark.filterwarnings("ignore:.*we recommend using a symmetric")  # ours are SI: joints' ranges are what they are
 def test_the_lists_of_metaworlds_benchmarks_are_its_own():
     from metaworld.env_dict import MT10_V3, MT50_V3
 
@@ -166,6 +164,8 @@ def test_the_lists_of_metaworlds_benchmarks_are_its_own():
         check_tasks(env)
 
 
+@pytest.mark.filterwarnings("ignore:.*is different from the unwrapped version")  # the wrapper is what is checked
+@pytest.mark.filterwarnings("ignore:.*we recommend using a symmetric")  # ours are SI: joints' ranges are what they are
 @pytest.mark.parametrize("wrap", [lambda env: env, WithImages])
 def test_gymnasium_accepts_the_environment(wrap, button):
     env: gymnasium.Env = wrap(button)
