@@ -14,7 +14,7 @@ demo: $(VENV)/.installed  ## the main job, end to end; an interrupted one contin
 
 test: $(VENV)/.installed
 	@$(BIN)/dita env --setup
-	$(BIN)/pytest -n 2 --dist loadfile -m "not live"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not live"
 	$(BIN)/pytest -m live
 
 lint: $(VENV)/.installed

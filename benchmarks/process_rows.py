@@ -162,7 +162,7 @@ one_pass(policy, batch, {k}, 0)
 
 def startup(tier: str) -> list[Case]:
     """Row 10: from a cold process to the first action; and what importing dita adds to importing torch."""
-    pairs = 5 if tier == "full" else 1
+    pairs, warm_up = (5, 1) if tier == "full" else (1, 0)
     with TemporaryDirectory() as at:
         folders = Folders(Path(at), tier)
         official = partial(run, folders.official_code())
@@ -171,9 +171,10 @@ def startup(tier: str) -> list[Case]:
             ("DINOv2, fp32", folders.our_code(folders.ours), 1 / 0.9),
             ("conv tokenizer, fp32", folders.our_code(folders.conv), 1 / 0.5),
         ):
-            found = interleave(partial(run, code), official, pairs)
+            found = interleave(partial(run, code), official, pairs, warm_up)
             cases.append(_process_case(found, f"first action, {name}", goal))
-    both = interleave(partial(run, "import dita\nfrom dita import DitaPolicy"), partial(run, "import torch"), pairs)
+    ours, peer = (partial(run, code) for code in ("import dita\nfrom dita import DitaPolicy", "import torch"))
+    both = interleave(ours, peer, pairs, warm_up)
     added = both.ours - both.peer
     quiet = both.others <= OTHERS
     cases.append(
