@@ -173,7 +173,8 @@ def readme_table(folder: Path = RESULTS) -> str:
             lines.append(f"| {row} | {case.name} | {' | '.join(_cells(case))} |")
             if case.note:
                 plain = case.met or (case.met is None and case.ratio is not None)  # met, or there is no goal
-                notes.append(f"- {row}, {case.note}" if plain else f"- **{row}**, {case.note}")
+                note = case.note.removeprefix(f"{row}: ")
+                notes.append(f"- {row}, {note}" if plain else f"- **{row}**, {note}")
     notes = list(dict.fromkeys(notes))  # several cases may share one
     notes += [f"- Not yet measured: {', '.join(missing)}."] if missing else []
     return "\n".join([*lines, "", *notes, "", f"Machine: {'; '.join(sorted(cpus)) or 'none yet'}."]) + "\n"

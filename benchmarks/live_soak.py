@@ -161,7 +161,7 @@ def summary(segments: Sequence[Mapping[str, Any]], played_offline: Sequence[Mapp
     }
     paired = compare_pairs([p["offline"] for p in pairs], [p["live"] for p in pairs]) if pairs else None
     return {
-        "checkpoint": segments[0]["checkpoint"],
+        "checkpoint": os.path.relpath(segments[0]["checkpoint"], ROOT),
         "tick_hz": segments[0]["tick_hz"],
         "rate": segments[0]["rate"],
         "segments": len(segments),
