@@ -1595,3 +1595,48 @@ def test_a_tool_that_moves_in_a_plane_is_for_a_policy_and_not_for_the_guard():
     with pytest.raises(ValueError, match=r"moves a tool in space; .* has 2 values, not 3"):
         parse_robot(values)
     assert parse_robot(values, need_limits=False).motion.size == 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    [(), ("limits",), ("action", 0), ("state", 0), ("limits", "joints")],
+    ids=lambda p: ".".join(map(str, p)) or "top",
+)
+def test_an_unknown_key_is_named_wherever_it_stands(path):
+    values = copy.deepcopy(embodiment("joint"))
+    inside = values
+    for key in path:
+        inside = inside[key]
+    inside["spede"] = 1.0
+    with pytest.raises(ValueError, match="unknown spede"):
+        parse_robot(values)
+
+
+def test_an_unknown_key_of_a_capsule_is_named():
+    values = embodiment("position")
+    values["limits"]["capsules"] = [{"link": "hand", "radius": 0.05, "start": [0, 0, 0], "end": [0, 0, 1], "spede": 1}]
+    with pytest.raises(ValueError, match="unknown spede"):
+        parse_robot(values)
+
+
+def test_a_joint_that_cannot_move_is_refused():
+    values = embodiment("joint")
+    values["limits"]["joints"]["low"][2] = values["limits"]["joints"]["high"][2]
+    with pytest.raises(ValueError, match="low must be below high"):
+        parse_robot(values)
+
+
+def test_a_hundred_ticks_a_second_and_one_a_step_are_enough():
+    robot = parse_robot(embodiment("position"))
+    config = dataclasses.replace(CONFIG, tick=0.01)
+    assert Guard(robot, config).config.tick == 0.01
+    assert Guard(dataclasses.replace(robot, action_dt=0.01), config).robot.action_dt == 0.01
+    with pytest.raises(ValueError, match="100 Hz or more"):
+        dataclasses.replace(CONFIG, tick=0.0101)
+
+
+def test_every_step_that_is_executed_is_counted_once():
+    arm = Arm(embodiment("position")).arm()
+    arm.offer(arm.ahead(0, 0.001, steps=8))
+    arm.run(8 * DT)
+    assert arm.guard.counts["steps"] == len(arm.executed) == 8
