@@ -203,7 +203,7 @@ def load_states(path: Path) -> Float64[np.ndarray, "k n"]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: LIBERO's initial states come with its package")
     rebuild = np.zeros(0).__reduce__()[0]  # what NumPy's pickles call; its module is called otherwise since NumPy 2
-    allowed = [(rebuild, f"{home}.multiarray._reconstruct") for home in ("numpy.core", "numpy._core")]
+    allowed: list[Any] = [(rebuild, f"{home}.multiarray._reconstruct") for home in ("numpy.core", "numpy._core")]
     allowed += [np.ndarray, np.dtype, type(np.dtype(np.float64))]
     try:
         if not zipfile.is_zipfile(path):
