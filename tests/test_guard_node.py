@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ from robot_io.core.guard import Guard, GuardConfig
 from robot_io.core.kinematics import Kinematics
 from robot_io.core.space import exponential, logarithm, multiply
 from robot_io.nodes import topics
-from robot_io.nodes.guard import GuardNode, contract_differences, load_robot
+from robot_io.nodes.guard import GuardNode, contract_differences, from_parameters, load_robot
 
 TICK = 1 / 160
 T0 = 1_795_471_436.0
@@ -1049,3 +1049,19 @@ def test_a_guard_that_has_just_joined_listens_before_it_arms():
     assert "just joined and listens for 0.5 s" in rig.arm()["refused"] and rig.said["state"] == "IDLE"
     rig.run(0.51)
     assert rig.arm()["state"] == "ARMED"
+
+
+def test_a_lost_sign_of_life_keeps_no_other_one_waiting():
+    assert not Rig(joint_arm()).bus.requested[topics.HEARTBEAT].reliable
+
+
+def test_a_guard_of_ros_parameters_listens_before_it_arms_too(tmp_path, monkeypatch):
+    path = tmp_path / "arm.json"
+    path.write_text(json.dumps(joint_arm()), encoding="utf-8")
+    monkeypatch.setattr("robot_io.nodes.guard._take_priority", lambda: None)
+    bus = Bus()
+    values = {**asdict(CONFIG), "tick_hz": 1 / CONFIG.tick, "embodiment": str(path)}
+    bus.param = lambda name, default: values.get(name, default)
+    node = from_parameters(bus)
+    with pytest.raises(ValueError, match="just joined and listens for 1 s"):
+        node.arm()

@@ -309,7 +309,7 @@ class Bus:
             [],
             [],
         )
-        self.stopped = False
+        self.stopped, self.requested = False, {}
 
     def msg(self, type, **fields):
         return message(type, **fields)
@@ -318,7 +318,7 @@ class Bus:
         return SimpleNamespace(publish=lambda message: self.sent.setdefault(topic, []).append(message))
 
     def subscribe(self, topic, type, qos, callback):
-        self.heard[topic] = callback
+        self.heard[topic], self.requested[topic] = callback, qos
 
     def timer(self, period, callback):
         self.timers.append(callback)
@@ -687,3 +687,9 @@ def test_a_joint_arm_is_read_by_name_and_its_chunks_travel_as_joints():
     np.testing.assert_array_equal(sent, policy.values)
     assert dt == pytest.approx(0.0125)
     node._loop.stop(5)
+
+
+def test_a_lost_state_keeps_no_other_one_waiting():
+    requested = Rig().bus.requested
+    for topic in ("/tool_pose", "/joint_states"):
+        assert not requested[topic].reliable and requested[topic].depth == 10
