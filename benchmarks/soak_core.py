@@ -7,6 +7,7 @@ breaks a promise is named, and ends the run. What was run with other sources of 
 
 import argparse
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,9 +26,10 @@ SAVE_EVERY = 20  # episodes
 
 
 def sources() -> str:
-    """Return a digest of the core and of what plays and judges it."""
-    tests = [ROOT / "tests" / name for name in ("guard_arm.py", "test_guard_properties.py")]
-    files = sorted((ROOT / "robot_io" / "core").glob("*.py")) + tests
+    """Return a digest of all that the guard's core imports, and of what plays and judges it."""
+    importlib.import_module("robot_io.core.guard")
+    core = {Path(str(m.__file__)) for name, m in sys.modules.items() if name.startswith("robot_io.core.")}
+    files = sorted(core) + [ROOT / "tests" / name for name in ("guard_arm.py", "test_guard_properties.py")]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
