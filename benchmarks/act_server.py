@@ -1,4 +1,6 @@
-"""The peer of a live node: a policy behind HTTP, POST /act with an image's bytes and a state, chunk back as JSON.
+"""The peer of a live node: a policy behind HTTP, POST an image's bytes and a state, to /act for a chunk as JSON.
+
+An image that is posted to /see is encoded for the next history, as a node does with the images that it does not act on.
 
 python -m benchmarks.act_server CHECKPOINT PORT INFERENCE_STEPS
 """
@@ -35,9 +37,13 @@ def main(checkpoint: str, port: int, steps: int) -> None:
             images = {camera.name: image.reshape(camera.height, camera.width, 3)}
             history[:] = [*history[-1:], RawObservation(images, state, values["instruction"], values["stamp"])]
             began = time.perf_counter()
-            chunk = session.predict(history, seed=0)
-            seconds = time.perf_counter() - began
-            body = json.dumps({"actions": chunk.values.tolist(), "seconds": seconds}).encode()
+            if self.path == "/see":
+                session.look(history[-1])
+                answer = {}
+            else:
+                answer = {"actions": session.predict(history, seed=0).values.tolist()}
+            answer["seconds"] = time.perf_counter() - began
+            body = json.dumps(answer).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

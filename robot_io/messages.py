@@ -76,8 +76,8 @@ def _seconds(duration: Any) -> float:
 
 
 def _vector(msg: Msg, xyz: Vector, type: str = "Vector3") -> Any:
-    x, y, z = (float(v) for v in xyz)
-    return msg(f"geometry_msgs/msg/{type}", x=x, y=y, z=z)
+    x, y, z = xyz
+    return msg(f"geometry_msgs/msg/{type}", x=float(x), y=float(y), z=float(z))
 
 
 def _quaternion(msg: Msg, wxyz: Vector) -> Any:
@@ -273,9 +273,9 @@ def joint_chunk_to_ros(
         msg(
             "trajectory_msgs/msg/JointTrajectoryPoint",
             time_from_start=_duration(msg, (i + 1) * dt),
-            **{quantity: np.asarray(row, float) / scale},
+            **{quantity: row},
         )
-        for i, row in enumerate(values)
+        for i, row in enumerate(np.asarray(values, float) / scale)
     ]
     header = _header(msg, stamp, f"chunk#{id}" if id else "")
     return msg(JOINT_TRAJECTORY, header=header, joint_names=list(names), points=points)
@@ -329,22 +329,23 @@ def cartesian_chunk_to_ros(
         id: of the chunk; it travels as `name#id`.
     """
     points = []
-    for i, row in enumerate(np.asarray(values, float)):
-        field = {"velocities": [_twist_of(msg, row / dt)]} if delta else {"transforms": [_transform(msg, row)]}
+    rows = np.asarray(values, float) / (dt if delta else 1.0)
+    for i, row in enumerate(rows.tolist()):
+        field = {"velocities": [_twist_of(msg, row)]} if delta else {"transforms": [_transform(msg, row)]}
         time = _duration(msg, (i + 1) * dt)
         points.append(msg("trajectory_msgs/msg/MultiDOFJointTrajectoryPoint", time_from_start=time, **field))
     names = [f"{name}#{id}" if id else name]
     return msg(CARTESIAN_TRAJECTORY, header=_header(msg, stamp, frame), joint_names=names, points=points)
 
 
-def _transform(msg: Msg, pose: np.ndarray) -> Any:
-    assert pose.shape in ((3,), (7,)), pose.shape
+def _transform(msg: Msg, pose: List[float]) -> Any:
+    assert len(pose) in (3, 7), pose
     rotation = _quaternion(msg, pose[3:] if len(pose) == 7 else IDENTITY)
     return msg("geometry_msgs/msg/Transform", translation=_vector(msg, pose[:3]), rotation=rotation)
 
 
-def _twist_of(msg: Msg, values: np.ndarray) -> Any:
-    assert values.shape in ((3,), (6,)), values.shape
+def _twist_of(msg: Msg, values: List[float]) -> Any:
+    assert len(values) in (3, 6), values
     return _twist(msg, values[:3], values[3:] if len(values) == 6 else (0.0, 0.0, 0.0))
 
 
@@ -426,8 +427,8 @@ def executed_to_ros(msg: Msg, step: ExecutedStep, dt: float, names: Sequence[str
         return msg(JOINT_TRAJECTORY, header=header, joint_names=list(names), points=[point])
     point = msg(
         "trajectory_msgs/msg/MultiDOFJointTrajectoryPoint",
-        transforms=[_transform(msg, np.asarray(step.target, float))],
-        velocities=[_twist_of(msg, np.asarray(step.delta, float) / dt)],
+        transforms=[_transform(msg, np.asarray(step.target, float).tolist())],
+        velocities=[_twist_of(msg, (np.asarray(step.delta, float) / dt).tolist())],
         time_from_start=time,
     )
     return msg(CARTESIAN_TRAJECTORY, header=header, joint_names=list(names), points=[point])

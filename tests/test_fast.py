@@ -90,6 +90,25 @@ def test_the_frame_cache_changes_no_bit_and_saves_every_second_frame(spec) -> No
     assert len(seen) == 7  # two at first, then one a tick
 
 
+def test_a_frame_that_was_looked_at_beforehand_changes_no_bit_and_is_not_encoded_again(spec) -> None:
+    policy = make_policy(spec)
+    ahead, fresh = session(spec, policy=policy), session(spec, policy=policy)
+    seen = count_frames(ahead)
+    for i, history in enumerate(ticks(spec, 6)[::2]):  # every second frame is acted on
+        ahead.look(history[0])
+        looked = len(seen)
+        fresh.reset()
+        assert np.array_equal(ahead.predict(history, seed=i).values, fresh.predict(history, seed=i).values)
+        assert len(seen) == looked + 1 == 2 * (i + 1)
+    for frame in make_history(spec, 7, 9):  # nobody acts: what is kept stays bounded
+        ahead.look(frame)
+    assert len(ahead._frames) == 4
+    other = [dataclasses.replace(f, instruction="open the drawer") for f in ticks(spec, 1)[0]]
+    ahead.look(other[0])
+    fresh.reset()
+    assert np.array_equal(ahead.predict(other, seed=1).values, fresh.predict(other, seed=1).values)
+
+
 def test_frames_are_forgotten_with_the_instruction_the_episode_and_other_pixels(spec) -> None:
     policy = make_policy(spec)
     s, fresh = session(spec, policy=policy), session(spec, policy=policy)

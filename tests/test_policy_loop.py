@@ -3,16 +3,19 @@
 import copy
 import threading
 import time
+from collections import deque
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fake_robot import EMBODIMENT
+from hypothesis import given
+from hypothesis import strategies as st
 
 from robot_io import messages as m
 from robot_io.bus_dds import message
 from robot_io.core.policy_loop import PolicyLoop, Range
-from robot_io.core.sync import FrozenCameras, Synchronizer
+from robot_io.core.sync import FrozenCameras, Synchronizer, nearest_to
 from robot_io.nodes.policy import PolicyNode
 from robot_io.nodes.topics import (
     CHUNK,
@@ -122,6 +125,21 @@ def test_a_picture_that_repeats_while_the_arm_moves_is_a_frozen_camera():
     assert [rested.take("left", picture, still) for _ in range(20)] == [""] * 20
     assert rested.take("left", picture, moved) == "", "pictures from before it moved prove nothing"
     assert [bool(rested.take("left", picture, moved)) for _ in range(2)] == [False, True]
+
+
+def test_pictures_that_differ_in_one_pixel_are_not_frozen():
+    pictures = [np.zeros((40, 40, 3), np.uint8) for _ in range(9)]
+    for i, picture in enumerate(pictures):
+        picture[1, 1 + i, 1] = 1
+    cameras = FrozenCameras(frames=4, moved=0.01)
+    assert [cameras.take("left", p, np.array([0.02 * i])) for i, p in enumerate(pictures)] == [""] * 9
+    assert cameras.take("left", np.zeros((20, 40, 3), np.uint8), np.array([1.0])) == "", "nor those of another size"
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12, unique=True), st.integers(-5, 45))
+def test_the_nearest_sample_is_the_nearest_of_all_and_the_older_of_two(stamps, wanted):
+    queue = deque((float(stamp), stamp) for stamp in sorted(stamps))
+    assert nearest_to(queue, wanted) == min(queue, key=lambda sample: abs(sample[0] - wanted))
 
 
 # ---- inference
@@ -273,6 +291,67 @@ def test_prefix_of_an_observation_reaches_the_policy_and_a_hung_one_is_left_behi
     loop._thread.join(5)
 
 
+class Looking(Failing):
+    """A predictor that is shown frames beforehand; fails at those stamps."""
+
+    def __init__(self, bad=()):
+        super().__init__(set())
+        self.bad, self.histories, self.looked, self.seen = bad, [], [], threading.Semaphore(0)
+
+    def predict(self, history, *, seed, **prefix):
+        self.histories.append([o.stamp for o in history])
+        return super().predict(history, seed=seed, **prefix)
+
+    def look(self, observation):
+        self.looked.append(observation.stamp)
+        self.seen.release()
+        if observation.stamp in self.bad:
+            raise ValueError("no such camera")
+
+
+@pytest.mark.parametrize(
+    ("every", "ahead"),
+    [
+        (1, {1}),  # a camera at obs_dt, acted on at 0, 2, 4: the frame between
+        (2, {2}),  # at twice that rate, acted on at 0, 4, 8: only the frame obs_dt before
+        (3, {3}),
+    ],
+)
+def test_only_a_frame_that_the_next_history_will_hold_is_looked_at_beforehand(every, ahead):
+    policy = Looking()
+    loop, _, errors = make_loop(policy, on_chunk=lambda chunk: chunk.stamp + 0.0875)
+    loop.start()
+    frames = [T0 + 0.05 * i / every for i in range(6 * every + 1)]
+    for i, stamp in enumerate(frames):
+        loop.offer(frame(stamp))
+        if i % (2 * every) == 0:
+            assert policy.done.acquire(timeout=5)
+            time.sleep(0.02)  # until the stamp of the next one is known
+        elif i % (2 * every) in ahead:
+            assert policy.seen.acquire(timeout=5)
+        else:
+            assert not policy.seen.acquire(timeout=0.02)
+    loop.stop()
+    acted = frames[2 * every :: 2 * every]
+    np.testing.assert_allclose(policy.histories[1:], [[stamp - 0.05, stamp] for stamp in acted], rtol=0, atol=1e-9)
+    assert set(policy.looked) == {history[0] for history in policy.histories[1:]} and errors == []
+
+
+def test_a_frame_that_cannot_be_looked_at_is_an_error_as_a_prediction_is():
+    policy = Looking(bad={T0 + 0.05})
+    loop, _, errors = make_loop(policy, on_chunk=lambda chunk: chunk.stamp + 0.0875)
+    loop.start()
+    loop.offer(frame(T0))
+    assert policy.done.acquire(timeout=5)
+    time.sleep(0.02)
+    loop.offer(frame(T0 + 0.05))
+    assert policy.seen.acquire(timeout=5)
+    loop.offer(frame(T0 + 0.1))
+    assert policy.done.acquire(timeout=5), "and the loop goes on"
+    loop.stop()
+    assert errors == [("no such camera", False)]
+
+
 # ---- the training data's range
 
 
@@ -287,6 +366,8 @@ def test_values_outside_the_training_data_are_named_after_some_rows():
     assert [known.take(outside) for _ in range(3)] == ["", "", ""]
     known.clear()
     assert known.take(outside) == ""
+    assert known.holds(np.stack([inside, inside])) and not known.holds(np.stack([inside, outside, inside]))
+    assert not known.holds(np.array([[np.nan, 1.0, 0.5]]))
     constant = [known.take(np.array([0.5, 1.0, 0.5 + 1e-5])) for _ in range(9)]
     assert constant == [""] * 9, "rounding of what was constant in training is no news"
     assert "grip is 0.6" in [known.take(np.array([0.5, 1.0, 0.6])) for _ in range(5)][-1]
@@ -434,6 +515,23 @@ def test_valid_observations_become_chunks_with_running_ids_and_their_stamps(rig)
     assert len(rig.policy.calls[1][0]) == 2 and rig.policy.calls[1][1] == {}
     contract = m.json_from_ros(rig.bus.sent[CONTRACT][-1])
     assert contract["policy"] == {"mode": "latency_compensated"} and contract["hash"] == "0" * 64
+
+
+def test_a_frame_a_little_before_its_time_is_acted_on():
+    """Waiting for the exact time would cost a camera's whole period."""
+    rig = Rig(stitching={"chunk_size": 16, "n_action_steps": 8})  # 0.1 s: every second frame
+    stamps = [T0 + 0.05 * i + late for i, late in enumerate([0.002, 0.0, -0.003, 0.003, 0.004, 0.0, -0.004], 1)]
+    for i, stamp in enumerate(stamps):
+        rig.bus.time = stamp + 0.006
+        rig.measure(0.1 + 0.001 * i, stamp)
+        rig.look(stamp)
+        rig.check()
+        rig.wait(lambda i=i: len(rig.bus.sent.get(CHUNK, [])) == i // 2 + 1 and rig.node._loop.busy() == 0.0)
+    assert [history[-1].stamp for history, _ in rig.policy.calls] == pytest.approx(stamps[::2], abs=1e-8)
+    values = rig.status["values"]
+    assert float(values["observation_age.average"]) == pytest.approx(0.006)
+    assert float(values["latency.average"]) == pytest.approx(0.006), "the test's clock stands still"
+    rig.node._loop.stop(5)
 
 
 def test_arming_gives_the_first_observation_as_long_as_a_silence_may_take(rig):

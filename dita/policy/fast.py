@@ -335,6 +335,21 @@ class PolicySession:
             policy.keep_committed(chunk, committed)
         return chunk
 
+    @torch.no_grad()
+    def look(self, observation: RawObservation) -> None:
+        """Encode an observation's frames now, for a later history that holds them; changes no output.
+
+        Raises:
+            ValueError: as `DitaPolicy.predict`.
+        """
+        window = self.policy.preprocessor.window([observation], self.embodiment)
+        if self._words != window.instruction:
+            self.instruct(window.instruction)
+        for camera in self._cameras:
+            self._frames[camera.name, observation.stamp] = self._frame(window, camera, 0, observation.stamp)
+        for key in list(self._frames)[: -2 * self.policy.config.n_obs_steps * len(self._cameras)]:
+            del self._frames[key]  # nobody predicted: the oldest will not be asked for
+
     def _visual(self, window: Window, stamps: Sequence[float]) -> Float[Tensor, "1 tvq d"]:
         """Return the tokens of all frames and views, only the new ones encoded; a view without camera is zeros."""
         policy, frames = self.policy, self.policy.config.n_obs_steps

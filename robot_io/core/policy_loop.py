@@ -11,11 +11,15 @@ from robot_io.core.diagnostics import Running
 INFERENCE = 11  # purpose of the random numbers that seed one prediction
 KEEP = 64  # observations
 ROUNDING = 1e-4  # of a value, beyond what training had: a constant one comes back rounded
+NEAR = 0.25  # of obs_dt: how far a frame of a history may be from where it should be
 FAILURES = 3  # predictions in a row that may fail
 
 
 class Predictor(Protocol):
-    """Anything that predicts: a DitaPolicy, or a test's. It is given `committed` only where there is a prefix."""
+    """Anything that predicts: a DitaPolicy, or a test's. It is given `committed` only where there is a prefix.
+
+    What has a method `look(observation)`, as a PolicySession, is shown beforehand what the next history will hold.
+    """
 
     def predict(self, history: Any, *, seed: int) -> Any:
         """Return a chunk for observations, oldest first."""
@@ -52,6 +56,7 @@ class PolicyLoop:
             prefix: more arguments of `predict` for an observation's stamp, called in the thread.
         """
         self._policy, self._n, self._obs_dt, self._prefix = policy, n_obs_steps, obs_dt, prefix
+        self._look: Optional[Callable[[Any], None]] = getattr(policy, "look", None)
         self._on_chunk, self._on_error, self._seed, self._clock = on_chunk, on_error, seed, clock
         self.inference = Running()
         self.failures = 0
@@ -60,6 +65,7 @@ class PolicyLoop:
         self._generation = 0  # raised by `clear`: a prediction begun before it is thrown away
         self._predictions = 0
         self._predicted = -np.inf  # stamp of the last prediction's observation
+        self._looked = -np.inf  # stamp of the last observation that was shown beforehand
         self._earliest = -np.inf  # stamp of the next one's
         self._begun: Optional[float] = None  # when the prediction that runs began
         self._running = False
@@ -77,7 +83,7 @@ class PolicyLoop:
         with self._changed:
             self._observations.clear()
             self._generation += 1
-            self._predictions, self._predicted, self._earliest = 0, -np.inf, -np.inf
+            self._predictions, self._predicted, self._looked, self._earliest = 0, -np.inf, -np.inf, -np.inf
 
     def start(self) -> None:
         """Start the inference thread."""
@@ -98,33 +104,30 @@ class PolicyLoop:
         begun = self._begun
         return 0.0 if begun is None else self._clock() - begun
 
-    def _ready(self) -> bool:
-        if not self._running:
-            return True
+    def _due(self) -> bool:
         newest = self._observations[-1].stamp if self._observations else -np.inf
         return newest > self._predicted and newest >= self._earliest
+
+    def _ahead(self) -> bool:
+        """Return whether the newest observation will be an older one of the next history, if frames go on as now."""
+        if self._look is None or len(self._observations) < 2 or self._earliest == -np.inf:
+            return False
+        before, stamp = (o.stamp for o in (self._observations[-2], self._observations[-1]))
+        period = stamp - before
+        until = period * np.ceil((self._earliest - stamp) / period - ROUNDING)  # the next prediction's observation
+        near = (abs(until - i * self._obs_dt) <= NEAR * self._obs_dt for i in range(1, self._n))
+        return stamp > max(self._predicted, self._looked) and any(near)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(self._ready)
+                self._changed.wait_for(lambda: not self._running or self._due() or self._ahead())
                 if not self._running:
                     return
-                history = self.history()
-                self._predicted = history[-1].stamp
-                generation, count = self._generation, self._predictions
-                self._predictions += 1
-            seed = int(np.random.default_rng([self._seed, INFERENCE, generation, count]).integers(2**31))
-            begin = self._begun = self._clock()
+                act = self._predict_next() if self._due() else self._look_ahead()
+                self._begun = self._clock()
             try:
-                prefix: Any = self._prefix(history[-1].stamp)
-                chunk = self._policy.predict(history, seed=seed, **prefix)
-                self.inference.add(self._clock() - begin)
-                if generation == self._generation:
-                    earliest = self._on_chunk(chunk)
-                    with self._changed:
-                        if generation == self._generation and earliest is not None:
-                            self._earliest = earliest
+                act()
             except Exception as e:  # a thread that dies silently would look like a hung policy
                 self.failures += 1
                 self._on_error(e, self.failures >= FAILURES)
@@ -135,6 +138,32 @@ class PolicyLoop:
             finally:
                 self._begun = None
 
+    def _look_ahead(self) -> Callable[[], None]:
+        assert self._look is not None
+        look, observation = self._look, self._observations[-1]
+        self._looked = observation.stamp
+        return lambda: look(observation)
+
+    def _predict_next(self) -> Callable[[], None]:
+        history = self.history()
+        self._predicted = history[-1].stamp
+        generation, count = self._generation, self._predictions
+        self._predictions += 1
+
+        def predict() -> None:
+            seed = int(np.random.default_rng([self._seed, INFERENCE, generation, count]).integers(2**31))
+            begin = self._clock()
+            prefix: Any = self._prefix(history[-1].stamp)
+            chunk = self._policy.predict(history, seed=seed, **prefix)
+            self.inference.add(self._clock() - begin)
+            if generation == self._generation:
+                earliest = self._on_chunk(chunk)
+                with self._changed:
+                    if generation == self._generation and earliest is not None:
+                        self._earliest = earliest
+
+        return predict
+
     def history(self) -> List[Any]:
         """Return the newest observation and those n obs_dt before it, oldest first; it ends at the first gap."""
         newest = self._observations[-1]
@@ -142,7 +171,7 @@ class PolicyLoop:
         for i in range(1, self._n):
             wanted = newest.stamp - i * self._obs_dt
             nearest = min(self._observations, key=lambda o: abs(o.stamp - wanted))
-            if abs(nearest.stamp - wanted) > 0.25 * self._obs_dt:
+            if abs(nearest.stamp - wanted) > NEAR * self._obs_dt:
                 break
             history.insert(0, nearest)
         return history
@@ -171,6 +200,10 @@ class Range:
     def clear(self) -> None:
         """Begin anew."""
         self._outside[:] = 0
+
+    def holds(self, rows: np.ndarray) -> bool:
+        """Return whether no value of any row [n d] is outside."""
+        return bool(np.all((rows >= self._low) & (rows <= self._high)))
 
     def take(self, values: np.ndarray) -> str:
         """Take one row; name what has been outside for more than `steps` rows, with its value, or return ""."""

@@ -7,6 +7,7 @@ import numpy as np
 
 KEEP = 64  # samples per source: 0.6 s of a 100 Hz state
 FROZEN_FRAMES = 5  # identical pictures in a row, while the arm moves, that no camera takes
+SPARSE = 16  # pixels
 MOVED = 0.01  # of some state value, in its own unit: m, rad, share of a gripper
 
 
@@ -84,11 +85,21 @@ class Synchronizer:
         if now - stamp > self._max_age:
             late = [source for source in self._pacers if now - self._samples[source][-1][0] > self._max_age]
             return None, f"{', '.join(late)} silent: the newest images are older than {self._max_age} s"
-        nearest = {s: min(queue, key=lambda sample: abs(sample[0] - stamp)) for s, queue in self._samples.items()}
+        nearest = {source: nearest_to(queue, stamp) for source, queue in self._samples.items()}
         off = [s for s, (t, _) in nearest.items() if abs(t - stamp) > self._slop]
         if off:
             return None, f"{', '.join(off)} not within {self._slop} s of the images"
         return (stamp, {s: value for s, (_, value) in nearest.items()}), ""
+
+
+def nearest_to(queue: Deque[Tuple[float, Any]], stamp: float) -> Tuple[float, Any]:
+    """Return the sample of a queue in order whose stamp is nearest, the older one of two: it is among the newest."""
+    best = queue[-1]
+    for sample in reversed(queue):
+        if abs(sample[0] - stamp) > abs(best[0] - stamp):
+            break
+        best = sample
+    return best
 
 
 class FrozenCameras:
@@ -107,7 +118,7 @@ class FrozenCameras:
     def take(self, camera: str, image: np.ndarray, state: Optional[np.ndarray]) -> str:
         """Take a picture and the state that was measured last; return what is frozen, or ""."""
         last, self._last[camera] = self._last.get(camera), image
-        same = last is not None and last.shape == image.shape and np.array_equal(last, image)
+        same = last is not None and _alike(last, image)
         count, first = self._since.get(camera, (1, None)) if same else (1, None)
         first = state if first is None else first
         away = 0.0 if state is None or first is None else float(np.max(np.abs(state - first), initial=0.0))
@@ -124,3 +135,8 @@ class FrozenCameras:
         """Name the frozen cameras, or ""."""
         frozen = ", ".join(self._frozen)
         return f"{frozen} frozen: {self._frames} identical images while the arm moved" if frozen else ""
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    """Return whether two pictures are equal; of most, a few pixels tell that they are not."""
+    return a.shape == b.shape and np.array_equal(a[::SPARSE, ::SPARSE], b[::SPARSE, ::SPARSE]) and np.array_equal(a, b)

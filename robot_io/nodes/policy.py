@@ -8,11 +8,12 @@ import numpy as np
 from robot_io import messages as m
 from robot_io.bus import COMMAND, LATCHED, SENSOR, STATE, Bus, Qos, open_bus
 from robot_io.core.chunk_buffer import Chunk
+from robot_io.core.diagnostics import Running
 from robot_io.core.limits import Field, parse_robot
-from robot_io.core.policy_loop import PolicyLoop, Predictor, Range
+from robot_io.core.policy_loop import NEAR, PolicyLoop, Predictor, Range
 from robot_io.core.space import logarithm, rotate
 from robot_io.core.state_machine import State
-from robot_io.core.stitching import Stitcher
+from robot_io.core.stitching import SYNCHRONOUS, Stitcher
 from robot_io.core.sync import FrozenCameras, Synchronizer
 from robot_io.nodes.guard import contract_differences
 from robot_io.nodes.serve import serve
@@ -79,7 +80,7 @@ class PolicyNode:
             n_obs_steps: frames in a history.
             slop: largest spread of stamps within an observation [s].
             max_age: oldest observation to act on [s].
-            interval: least time between two predictions' observations [s].
+            interval: least time between two predictions' observations [s], up to a quarter of obs_dt.
             max_skew: how far in the future a stamp may be, and how far the wall clock may step [s].
             compressed: whether images come as CompressedImage, on image_transport's topic.
             stitching: arguments of `Stitcher`; None: chunks go out as they are predicted.
@@ -109,6 +110,7 @@ class PolicyNode:
         self._said: Dict[str, float] = {}
         self._id = 0
         self._cameras = {c["name"]: (c["height"], c["width"]) for c in embodiment["cameras"]}
+        self._age, self._latency = Running(), Running()  # of an observation as inference begins, as its chunk is sent
         self._sync = Synchronizer(self.robot.cameras, self._sources(), slop, max_age, max_skew)
         self._frozen = FrozenCameras()
         self._loop = PolicyLoop(
@@ -345,6 +347,7 @@ class PolicyNode:
     def _diagnose(self) -> None:
         values: Dict[str, Any] = {"inferences": self._loop.inference.count, "failures": self._loop.failures}
         values.update(self._loop.inference.to_dict("execution_time"))
+        values.update({**self._age.to_dict("observation_age"), **self._latency.to_dict("latency")})
         with self._lock:
             values.update(self._stitcher.to_dict())
             tight = self._stitcher.problem()
@@ -364,6 +367,7 @@ class PolicyNode:
     # ---- in the inference thread
 
     def _prefix(self, stamp: float) -> Dict[str, Any]:
+        self._age.add(self.bus.now() - stamp)
         with self._lock:
             committed = self._stitcher.committed(stamp)
         return {} if committed is None else {"committed": committed}
@@ -382,8 +386,11 @@ class PolicyNode:
             sent = Chunk(stamp, chunk.action_dt, self.robot.motion_of(values), closing, self._id)
             self._stitcher.published(sent, now)
         self._send(sent, gripper)
+        self._latency.add(self.bus.now() - chunk.stamp)
         self._failed = ""
-        return self._stitcher.next_stamp(stamp, len(values))
+        # frames come a little before or after their time: waiting for the exact one would cost a whole period
+        early = 0.0 if self._stitcher.mode == SYNCHRONOUS else NEAR * self.robot.obs_dt
+        return self._stitcher.next_stamp(stamp, len(values)) - early
 
     def _send(self, chunk: Chunk, gripper: np.ndarray) -> None:
         msg, robot, delta = self.bus.msg, self.robot, self.robot.motion.mode == "delta"
@@ -425,7 +432,7 @@ def _check_values(values: np.ndarray, dims: int, known: Optional[Range]) -> None
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):
         raise ValueError(f"the policy's action is not finite (first bad row {bad[0]})")
-    if known is not None:
+    if known is not None and not known.holds(values):
         known.clear()
         for row in values:
             strange = known.take(row)
