@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -291,6 +291,17 @@ def _wait_http(port: int, children: Any) -> None:
     raise TimeoutError("node_latency: the HTTP server did not start")
 
 
+def _stages(policy: Mapping[str, float]) -> str:
+    """Say where the time of the node goes, by its own diagnostics."""
+    age, predict, sent = (
+        1e3 * policy.get(f"{name}.average", math.nan) for name in ("observation_age", "execution_time", "latency")
+    )
+    return (
+        f"on average {age:.1f} ms from the image's stamp until inference begins (transport, pairing, threads), "
+        f"{predict:.1f} ms of inference, {sent - age - predict:.1f} ms to check, build and send the chunk"
+    )
+
+
 def _latency_cases(found: dict[str, Any], others: float) -> list[Case]:
     if not found["node"]:
         raise TimeoutError("node_latency: no chunk came over the wire")
@@ -305,7 +316,7 @@ def _latency_cases(found: dict[str, Any], others: float) -> list[Case]:
     }
     quiet = others <= OTHERS
     noise = "" if quiet else f"no wall-time ratio: others used {others:.1f} cores"
-    cases = []
+    cases, where = [], noise or f"node_latency: {_stages(found['policy'])}"
     for peer in ("bare", "http"):
         for q in ("p50", "p99"):
             ours, theirs = ms["node"][q], ms[peer][q]
@@ -313,7 +324,7 @@ def _latency_cases(found: dict[str, Any], others: float) -> list[Case]:
             goal = ("<= 1.05x + 2 ms" if q == "p50" else "<= 1.2x") if peer == "bare" else "reported"
             name = f"image to chunk over DDS, {q}, against {'the bare tick' if peer == 'bare' else 'an HTTP server'}"
             met = ours <= most if quiet and peer == "bare" else None
-            cases.append(Case(name, ours, theirs, "s", theirs / ours if quiet else None, goal, met, noise, detail))
+            cases.append(Case(name, ours, theirs, "s", theirs / ours if quiet else None, goal, met, where, detail))
     period, std = 1 / TICK_HZ, found["guard"].get("periodicity.standard_deviation", math.nan)
     bad = not quiet or math.isnan(std)
     cases.append(Case("jitter of the guard's period", std if not math.isnan(std) else None, period, "s",

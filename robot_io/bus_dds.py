@@ -216,7 +216,7 @@ def message(type: str, **fields: Any) -> Any:
     for name, convert in converters.items():
         if name in fields:
             fields[name] = convert(fields[name])
-    if len(fields) < len(defaults):
+    if fields.keys() != defaults.keys():
         fields = {**{name: default() for name, default in defaults.items() if name not in fields}, **fields}
     if len(fields) > len(defaults):
         unknown = ", ".join(sorted(fields.keys() - defaults.keys()))
