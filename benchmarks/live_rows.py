@@ -53,7 +53,7 @@ CHUNK, COMMITTED = 48, 24  # steps of 12.5 ms: bridges 300 ms
 DELAYS = (0, 6, 12, 18, 24)  # [steps], up to half a chunk
 STARTS, GROUP = 10, 10  # per task and cell, and how many of them share policy calls; more starts only add groups
 STEPS, EXECUTED = 250, 8  # of an episode at most; of a chunk before the next is asked for, as `dita eval` has it
-RECIPE = ("steps=500", "batch_size=32", "noise_samples_per_context=2")  # two policies in minutes
+RECIPE = ("steps=1200", "batch_size=32", "noise_samples_per_context=2", "threads=1")  # two policies at a time
 WORKERS = 2
 RESAMPLES = 400
 FIRST_SEED = 950_000  # of the starts: neither demonstrations' nor `dita eval`'s
@@ -591,14 +591,19 @@ def train_policies(overrides: Sequence[str] = (), episodes: int = 60) -> dict[bo
     one, so the modes that give none, and the training-free one, get a policy of their own.
     """
     store, runs = BUILD / "demonstrations.zarr", {True: BUILD / "with_prefix", False: BUILD / "without_prefix"}
-    commands = [["collect", f"out={store}", f"env.tasks=[{','.join(TASKS)}]", f"episodes={episodes}", "--resume"]]
+    collect = ["collect", f"out={store}", f"env.tasks=[{','.join(TASKS)}]", f"episodes={episodes}", "--resume"]
+    trains = []
     for prefix, run in runs.items():
         slots = f"policy.max_committed_slots={COMMITTED if prefix else 0}"
-        commands.append(["train", "experiment=demo", f"data.stores=[{{path:{store},weight:1}}]", f"run={run}",
-                         f"policy.chunk_size={CHUNK}", slots, *RECIPE, *overrides, "--resume"])  # fmt: skip
-    for command in commands:
-        print("$ dita", *command, flush=True)
-        subprocess.run([sys.executable, "-m", "dita.cli", *command], check=True, cwd=ROOT)
+        trains.append(["train", "experiment=demo", f"data.stores=[{{path:{store},weight:1}}]", f"run={run}",
+                       f"policy.chunk_size={CHUNK}", slots, *RECIPE, *overrides, "--resume"])  # fmt: skip
+    for commands in ([collect], trains):  # the two trainings at once, a core for each
+        for command in commands:
+            print("$ dita", *command, flush=True)
+        running = [subprocess.Popen([sys.executable, "-m", "dita.cli", *c], cwd=ROOT) for c in commands]
+        failed = [c for c, process in zip(commands, running, strict=True) if process.wait()]
+        if failed:
+            raise RuntimeError(f"dita {' '.join(failed[0])} failed; the same command goes on")
     return runs
 
 
