@@ -136,7 +136,7 @@ def test_groups_that_were_played_are_not_played_again(tmp_path, monkeypatch) -> 
     monkeypatch.setattr(live_rows, "identity", lambda run: {"weights": str(run)})
     runs = {True: Path("a"), False: Path("b")}
     every = live_rows.play_all(runs)
-    assert len(every) == 2 * 2 * len(live_rows.MODES) * 2 and len(played) == 20
+    assert len(every) == 2 * 2 * len(live_rows.MODES) * 2 and len(played) == 24
     (path,) = tmp_path.glob("episodes.*.jsonl")
     text = path.read_text()
     path.write_text(text[: len(text) - 30])  # killed while it wrote: the last group is not whole
@@ -144,4 +144,4 @@ def test_groups_that_were_played_are_not_played_again(tmp_path, monkeypatch) -> 
     assert live_rows.play_all(runs) == every and len(played) == 1
     assert live_rows.play_all(runs) == every and len(played) == 1
     live_rows.play_all({True: Path("c"), False: Path("b")})  # other weights are another experiment
-    assert len(played) == 21 and len(list(tmp_path.glob("episodes.*.jsonl"))) == 2
+    assert len(played) == 25 and len(list(tmp_path.glob("episodes.*.jsonl"))) == 2

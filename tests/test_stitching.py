@@ -414,6 +414,74 @@ def test_the_jump_where_a_chunk_takes_over_is_measured_at_its_first_new_step():
     assert values["mode"] == "latency_compensated" and values["boundary_jump.max"] == pytest.approx(0.003)
 
 
+def handover(name, old, new, late=2, given=3, scale=1.0):
+    """Return what goes out for `new` at `late` steps of delay, with `given` steps of the plan `old` committed."""
+    r = SPACES[name]
+    s = stitcher("rtc", r, max_committed=8)
+    s.set_speed(scale)
+    s.on_latency(given * DT)
+    start = r.space.origin.copy()
+    s.on_executed(T0, r.space.delta(start, scale * old[0, :-1]) if "deltas" in name else r.motion_of(old)[0],
+                  scale * old[0, :-1] if "deltas" in name else np.zeros(r.space.tangent), 1.0)  # fmt: skip
+    s.published(chunk_of(r, old, T0), T0)
+    assert len(s.committed(T0 + DT)) == given
+    out, stamp = s.stitch(new, T0 + DT, T0 + (1 + late) * DT)
+    assert stamp == T0 + DT
+    return out
+
+
+def test_real_time_chunking_leads_from_the_plan_into_a_prediction_of_deltas():
+    old, new = np.tile([0.001, 0, 0, 1.0], (16, 1)), np.tile([0.006, 0.005, 0, -1.0], (16, 1))
+    out = handover("position deltas", old, new)
+    np.testing.assert_allclose(out[3:7, 0], [0.002, 0.003, 0.004, 0.005], atol=1e-12)
+    np.testing.assert_allclose(out[3:7, 1], [0.001, 0.002, 0.003, 0.004], atol=1e-12)
+    np.testing.assert_array_equal(np.delete(out, range(3, 7), 0), np.delete(new, range(3, 7), 0))
+    np.testing.assert_array_equal(out[:, 3], new[:, 3])  # never the gripper
+    np.testing.assert_allclose(handover("position deltas", old[:4], new)[3:7], out[3:7], atol=1e-12)  # the plan ends
+    np.testing.assert_allclose(handover("position deltas", old, new, scale=0.5), out, atol=1e-12)  # the guard scales
+    later = handover("position deltas", old, new, late=5)  # than was committed: from where it takes over
+    np.testing.assert_array_equal(later[:5], new[:5])
+    np.testing.assert_allclose(later[5:9, 0], [0.002, 0.003, 0.004, 0.005], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["joints", "position", "pose 6d", "pose axis-angle"])
+def test_absolute_targets_of_real_time_chunking_end_on_the_prediction(name):
+    r = SPACES[name]
+    along = np.zeros(r.space.tangent)
+    along[0] = 0.01
+
+    def line(offset, n=16):
+        path = [r.space.origin]
+        for _ in range(n):
+            path.append(r.space.retract(path[-1], along))
+        side = np.full(r.space.tangent, offset)
+        return actions_along(r, [path[0], *(r.space.retract(x, side) for x in path[1:])], np.ones(n))
+
+    old, new = line(0.0), line(0.02)[1:]
+    for plan in (old, old[:5]):  # past its end it goes on straight
+        out = r.motion_of(handover(name, plan, new))
+        expected, planned = r.motion_of(new), r.motion_of(old)[1:]
+        aside = [np.abs(r.space.difference(a, b)).max() for a, b in zip(out, planned, strict=True)]
+        shares = [s * s * (3 - 2 * s) for s in (0.2, 0.4, 0.6, 0.8)]
+        np.testing.assert_allclose(aside[3:7], [0.02 * s for s in shares], atol=2e-4)
+        for i in (*range(3), *range(7, 15)):
+            np.testing.assert_allclose(out[i], expected[i], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_a_prediction_that_is_the_plan_stays_as_it_is(name):
+    r = SPACES[name]
+    actions = actions_along(r, walk(r, 16, 6), np.ones(16))
+    s = stitcher("rtc", r, max_committed=8)
+    s.on_latency(2 * DT)
+    path = walk(r, 16, 6)
+    told(s.plan, path[:2], np.ones(16))
+    s.published(chunk_of(r, actions, T0), T0)
+    assert s.committed(T0 + DT) is not None
+    out, _ = s.stitch(actions[1:], T0 + DT, T0 + 3 * DT)
+    np.testing.assert_allclose(r.motion_of(out), r.motion_of(actions[1:]), atol=1e-9)
+
+
 def test_quaternions_of_opposite_sign_are_one_rotation():
     r = SPACES["pose 6d"]
     q = exponential(np.array([3.0, 0.4, 0.1]))

@@ -22,6 +22,7 @@ MODES = ("auto", SYNCHRONOUS, COMPENSATED, ENSEMBLING, RTC)
 KEEP = 256  # executed steps, and measured latencies
 CHUNKS = 8  # that are averaged at most
 DECAY = 0.01  # of the weights exp(-DECAY i), i = 0 for the oldest (Zhao et al., arXiv 2304.13705)
+FADE = 4  # steps over which a plan turns into a new prediction, of real-time chunking
 ALIKE = 1e-9  # of a mean on SO(3): one step of the iteration moves it by less [rad]
 
 Knot = Tuple[float, np.ndarray]
@@ -183,6 +184,7 @@ class Stitcher:
         past_slots: int = 0,
         max_committed: int = 0,
         trained: bool = False,
+        fade: int = FADE,
     ) -> None:
         """Build one.
 
@@ -196,6 +198,7 @@ class Stitcher:
             past_slots: actions before the chunk that a committed prefix begins with.
             max_committed: rows of a prefix, past ones included.
             trained: whether the policy was trained with such prefixes.
+            fade: steps over which rtc leads from what was planned into a prediction; 0: it goes out as it is.
 
         Raises:
             ValueError: no such mode, or one that these actions or this policy do not allow.
@@ -209,12 +212,13 @@ class Stitcher:
             raise ValueError(f"n_action_steps {n_action_steps} must be in 1..{chunk_size}, the chunk's size")
         if mode == RTC and max_committed <= past_slots:
             raise ValueError(f"mode rtc: the policy takes {max_committed} committed rows, {past_slots} of them past")
-        self.robot, self.mode, self.trained = robot, mode, trained
+        self.robot, self.mode, self.trained, self._fade = robot, mode, trained, fade
         self.plan = Plan(robot) if mode in (ENSEMBLING, RTC) or fits else None
         self._size, self._past, self._most = chunk_size, past_slots, max_committed
         self._wanted = n_action_steps or math.ceil(interval / robot.action_dt - EARLY)
         self._latencies: Deque[float] = deque(maxlen=KEEP)
         self._older: Deque[Tuple[float, np.ndarray]] = deque(maxlen=CHUNKS - 1)  # (stamp, targets [n m])
+        self._given = 0  # of the last prediction's steps, how many were decided
         self.counts: Counter = Counter()
         self.jump = Running()  # |new - planned action| of the first step that is new, in the action's own units
 
@@ -279,7 +283,8 @@ class Stitcher:
         rows = min(self._most, self._past + self.delay)
         begin = stamp - self._past * self.robot.action_dt
         found = self.plan.actions(begin, rows) if rows else np.zeros((0, 0))
-        self.counts["committed"] += len(found) > self._past
+        self._given = max(0, len(found) - self._past)
+        self.counts["committed"] += self._given > 0
         return found.astype(np.float32) if len(found) else None
 
     def stitch(self, values: np.ndarray, stamp: float, now: float) -> Tuple[np.ndarray, float]:
@@ -290,6 +295,8 @@ class Stitcher:
         self._note_jump(values, stamp, now)
         if self.mode == ENSEMBLING:
             values = self._ensemble(values, stamp, now)
+        if self.mode == RTC:
+            values = self._fade_in(values, stamp, now)
         return values, stamp
 
     def published(self, chunk: Chunk, now: float) -> None:
@@ -315,6 +322,33 @@ class Stitcher:
         if len(old) == k + 1:
             here = self.robot.action_slice(self.robot.motion)
             self.jump.add(float(np.linalg.norm(values[k, here] - old[k, here])))
+
+    def _fade_in(self, values: np.ndarray, stamp: float, now: float) -> np.ndarray:
+        """Lead from the plan into a prediction over its first free steps; past its end the plan goes on straight.
+
+        A policy knows what is committed only as well as it has learned to: without this, each chunk would begin with
+        its error as a jump. Deltas are blended as velocities are, without making up for the way that is lost; absolute
+        targets end on the prediction. The gripper is never blended.
+        """
+        assert self.plan is not None
+        robot, dt = self.robot, self.robot.action_dt
+        first = max(self._given, self._late(stamp, now))
+        old = self.plan.actions(stamp - dt, 1 + first + self._fade)  # from the step before the chunk on
+        n = min(self._fade, len(values) - first)
+        delta, scale = robot.motion.mode == "delta", self.plan.scale
+        if len(old) < 1 + first + (not delta) or n < 1 or (delta and scale <= 0):
+            return values  # nothing is known that it could lead on from
+        motion, planned = np.array(robot.motion_of(values)), list(robot.motion_of(old))
+        while len(planned) < 1 + first + n:
+            step = None if delta else robot.space.difference(planned[-1], planned[-2])
+            planned.append(planned[-1] if step is None else robot.space.retract(planned[-1], step))
+        for k in range(n):
+            new, before, share = motion[first + k], planned[1 + first + k], (k + 1) / (n + 1)
+            if delta:
+                motion[first + k] = share * new + (1 - share) * before / scale
+            else:
+                motion[first + k] = robot.space.interpolate(before, new, share * share * (3 - 2 * share))
+        return actions_of(robot, motion, _gripper_of(robot, values))
 
     def _ensemble(self, values: np.ndarray, stamp: float, now: float) -> np.ndarray:
         """Average the targets that overlapping predictions have for a time; steps that are past stay as planned."""
