@@ -155,8 +155,8 @@ def test_trimmed_inference_equals_the_padded_one(spec, attention, count) -> None
 def test_committed_slots_are_shown_clean_and_not_learned(spec, monkeypatch) -> None:
     """Whatever the network says at slots that are decided already, the loss does not change; at free ones it does."""
     policy = make_policy(spec, max_committed_slots=3)
-    batch = batch_of(policy, [make_window(spec, i) for i in range(8)])
-    count = torch.randint(4, (8,), generator=torch.Generator().manual_seed(5))  # the first draw of `loss`
+    batch = batch_of(policy, [make_window(spec, i) for i in range(16)])
+    count = policy.draw(16, 2, torch.Generator().manual_seed(5)).committed  # what `loss` draws
     assert set(count.tolist()) == {0, 1, 2, 3}
     committed = torch.arange(6) < count[:, None]  # [b n]
     denoise, losses = policy.model.denoise, []
@@ -166,6 +166,12 @@ def test_committed_slots_are_shown_clean_and_not_learned(spec, monkeypatch) -> N
         )
         losses.append(policy.loss(batch, 2, torch.Generator().manual_seed(5)).item())
     assert losses[0] == losses[1] and losses[2] > 1e5
+
+
+def test_half_of_the_rows_have_nothing_committed_and_the_others_any_number(spec) -> None:
+    policy = make_policy(spec, max_committed_slots=3)
+    counts = torch.bincount(policy.draw(7000, 1, torch.Generator().manual_seed(5)).committed) / 7000
+    np.testing.assert_allclose(counts, [4 / 7, 1 / 7, 1 / 7, 1 / 7], atol=0.02)
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])

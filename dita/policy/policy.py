@@ -109,7 +109,8 @@ class DitaPolicy(nn.Module):
     def loss(self, batch: Batch, samples: int, generator: torch.Generator) -> Float[Tensor, ""]:
         """Return the training loss with `samples` noise draws per observation; invalid entries have no influence.
 
-        With max_committed_slots, each row shows a random number of its first actions clean; the loss is on the rest.
+        With max_committed_slots, half of the rows show a random number of their first actions clean; the loss is on the
+        rest. Were every number as likely, the first actions would hardly be trained: they are free with few committed.
         """
         draws = self.draw(batch.actions.shape[0], samples, generator)
         counted = self.counted(batch, draws).sum() * draws.times.shape[1]
@@ -120,7 +121,9 @@ class DitaPolicy(nn.Module):
         if self.diffusion.config.objective == "behaviour_cloning":
             samples = 1  # there is no noise to draw
         most, slots = self.config.max_committed_slots, self.model.action_slots
-        committed = torch.randint(most + 1, (rows,), generator=generator) if most else torch.zeros(rows).long()
+        committed = torch.zeros(rows).long()
+        if most:  # none in every second row
+            committed = torch.randint(-most, most + 1, (rows,), generator=generator).clamp(min=0)
         times = self.diffusion.draw_times((rows, samples), generator)
         noise = torch.randn(rows, samples, slots, self.config.action_dim, generator=generator)
         dropout = self.config.embodiment_dropout if self.training else 0.0
