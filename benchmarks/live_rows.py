@@ -450,8 +450,8 @@ class Play:
         busy = self.delay + EXECUTED if self.synchronous else max(self.delay, EXECUTED)
         self.soonest = math.ceil((self.k + busy) / self.stride) * self.stride
 
-    def step(self) -> None:
-        """Let a chunk arrive that is due, and move by one step."""
+    def arrive(self) -> None:
+        """Let a chunk arrive that is due: the next prediction may begin at the same step."""
         robot, now = self.robot, self.k * self.dt
         if self.arriving is not None and self.k == self.arriving[0]:
             values, stamp = self.stitcher.stitch(self.arriving[1].values, self.arriving[1].stamp, now)
@@ -460,6 +460,10 @@ class Play:
             self.stitcher.published(chunk, now)
             self.buffer.offer(chunk, now)
             self.earliest, self.arriving = self.stitcher.next_stamp(stamp, len(values)), None
+
+    def step(self) -> None:
+        """Move by one step."""
+        robot, now = self.robot, self.k * self.dt
         due, action = self.buffer.due(now), self.effort.copy()
         action[robot.action_slice(robot.motion)] = 0.0
         if due is None:
@@ -519,6 +523,8 @@ class Stage:
         plays = [Play(env, policy, name, delay, task, first + i) for i, env in enumerate(self._envs)]
         for k in range(self._steps):
             playing = [p for p in plays if not p.env.success]
+            for p in playing:
+                p.arrive()
             asked = [(p, *question) for p in playing if (question := p.asks()) is not None]
             for given in (False, True):
                 rows = [row for row in asked if (row[2] is not None) == given]
@@ -529,6 +535,7 @@ class Stage:
                     )  # fmt: skip
                     for (p, _, _), chunk in zip(rows, chunks, strict=True):
                         p.take(chunk)
+                        p.arrive()  # at once, without a delay
             for p in playing:
                 p.step()
         return [p.episode(name) for p in plays]

@@ -23,10 +23,11 @@ TURN = {
 }
 
 
-def robot(motion="delta", turn=None, frame="base", gripper=True):
+def robot(motion="delta", turn=None, frame="base", gripper=True, reference="commanded"):
     """Return a robot of the given action: a position or joints, maybe a rotation, maybe a gripper."""
     values = copy.deepcopy(EMBODIMENT)
     hand, grip = values["action"]
+    hand["reference"] = reference
     if motion in ("absolute", "joints"):
         hand.update(mode="absolute", reference=None, low=[-3.0] * 3, high=[3.0] * 3)
     if motion in ("joints", "joint deltas"):
@@ -252,6 +253,9 @@ def test_the_plan_is_what_the_guard_does_whatever_the_delay(shift, seed):
 # ---- modes
 
 
+OTHER = robot(reference="measured")
+
+
 def stitcher(mode, r=None, **options):
     return Stitcher(r or SPACES["position deltas"], mode, **{"chunk_size": 16, **options})
 
@@ -306,13 +310,43 @@ def test_a_prefix_that_the_policy_cannot_take_is_said():
 
 
 @pytest.mark.parametrize("mode", ["latency_compensated", "rtc"])
-def test_predictions_go_out_as_they_are(mode):
-    s = stitcher(mode, max_committed=8)
+def test_predictions_go_out_as_they_are_while_the_arm_moves(mode):
+    s = stitcher(mode, max_committed=8, fade=0)
     values = np.random.default_rng(0).normal(size=(16, 4))
+    s.on_executed(T0 - DT, np.zeros(3), np.zeros(3), 1.0)
+    s.published(chunk_of(s.robot, values, T0 - DT), T0)
     out, stamp = s.stitch(values, T0, T0 + 0.04)
     np.testing.assert_array_equal(out, values)
     assert stamp == T0 and s.next_stamp(T0, 16) == T0
     assert stitcher(mode, n_action_steps=4, max_committed=8).next_stamp(T0, 16) == T0 + 4 * DT
+
+
+@pytest.mark.parametrize("mode", ["latency_compensated", "rtc", "ensembling"])
+def test_a_chunk_for_an_arm_that_stood_still_begins_when_it_is_sent(mode):
+    """Its first steps would else be past, and the arm would start in the middle of a motion."""
+    values = np.random.default_rng(0).normal(size=(16, 4))
+
+    def rests(sent=None, planned=None, space="position deltas"):
+        s = stitcher(mode, SPACES[space], max_committed=8, fade=0)
+        if sent is not None:
+            s.on_executed(sent, np.zeros(3), np.zeros(3), 1.0)
+        if planned is not None:
+            s.published(chunk_of(s.robot, values[:4], planned), T0)
+        out, stamp = s.stitch(values, T0, T0 + 2.5 * DT)
+        assert stamp == T0
+        if len(out) > 16:
+            np.testing.assert_allclose(out[3:], values, atol=1e-12)
+            waiting = [0, 0, 0, values[0, 3]] if "deltas" in space else values[0]  # on the way to the first target
+            np.testing.assert_allclose(out[:3], np.tile(waiting, (3, 1)), atol=1e-12)
+        return len(out) > 16
+
+    assert rests() and rests(space="position"), "nothing was ever sent"
+    assert rests(sent=T0 - DT), "the last step ended with the observation"
+    assert rests(sent=T0 - 5 * DT, planned=T0 - 4 * DT), "the last chunk ended with it"
+    assert not rests(sent=T0 - 0.5 * DT), "a step was under way"
+    assert not rests(planned=T0 - 3 * DT), "a chunk has a step left"
+    assert not rests(planned=T0 + DT), "a chunk begins meanwhile"
+    assert len(stitcher("latency_compensated", OTHER).stitch(values, T0, T0 + 2.5 * DT)[0]) == 16, "nobody knows"
 
 
 def test_synchronous_chunks_start_when_sent_and_are_cut():
@@ -354,6 +388,7 @@ def test_ensembling_averages_absolute_targets_of_one_time_and_never_the_gripper(
     first = actions_along(r, one, np.ones(16))
     second = actions_along(r, two[3:], -np.ones(13))  # the same motion, moved, three steps later
     np.testing.assert_allclose(s.stitch(first, T0, T0)[0], first, atol=1e-9)
+    s.published(chunk_of(r, first, T0), T0)
     out, stamp = s.stitch(second, T0 + 3 * DT, T0 + 4 * DT)
     assert stamp == T0 + 3 * DT
     np.testing.assert_array_equal(out[:, r.action_slice(r.gripper)], -1)
@@ -393,6 +428,7 @@ def test_ensembling_on_shifted_grids_reads_the_older_chunk_between_its_targets()
     first = actions_of(r, np.column_stack([line, 0 * line, 0 * line]), np.ones(16))
     s = stitcher("ensembling", r)
     s.stitch(first, T0, T0)
+    s.published(chunk_of(r, first, T0), T0)
     out, _ = s.stitch(first, T0 + 2.5 * DT, T0 + 3 * DT)
     w = np.exp(-DECAY)
     expected = (line[:13] + 0.025 + w * line[:13]) / (1 + w)

@@ -100,6 +100,13 @@ class Plan:
         """Take the chunk that was sent to the guard at `now` [s]."""
         self._chunk, self._from = chunk, now - self.dt
 
+    def rests(self, since: float, now: float) -> bool:
+        """Return whether nothing was sent or is planned for any time between `since` and `now` [s]."""
+        slack, chunk = EARLY * self.dt, self._chunk
+        if self._sent and self._sent[-1][0] + self.dt > since + slack:
+            return False
+        return chunk is None or chunk.stamp >= now - slack or chunk.stamp + len(chunk.motion) * self.dt <= since + slack
+
     def _steps(self, since: float) -> List[Tuple[float, np.ndarray, np.ndarray, Optional[float]]]:
         """Return (start, configuration before, target, gripper) of every known step that ends after `since`."""
         if not self._sent:
@@ -288,14 +295,22 @@ class Stitcher:
         return found.astype(np.float32) if len(found) else None
 
     def stitch(self, values: np.ndarray, stamp: float, now: float) -> Tuple[np.ndarray, float]:
-        """Return the actions [n a] and the stamp to publish at `now` [s] for a prediction."""
+        """Return the actions [n a] and the stamp to publish at `now` [s] for a prediction.
+
+        Where nothing moved since the observation, as after arming, steps of rest come before the prediction: its own
+        first ones would else be past, and the arm would start in the middle of a motion.
+        """
         values = np.asarray(values, float)
-        if self.mode == SYNCHRONOUS:  # nothing moved meanwhile: the chunk begins when it is sent
+        if self.mode == SYNCHRONOUS:
             return values[: self._wanted or len(values)], now
+        rests = self.plan is not None and self.plan.rests(stamp, now)
+        if rests:
+            self._older.clear()
+            values = self._after_rest(values, self._late(stamp, now))
         self._note_jump(values, stamp, now)
         if self.mode == ENSEMBLING:
             values = self._ensemble(values, stamp, now)
-        if self.mode == RTC:
+        if self.mode == RTC and not rests:
             values = self._fade_in(values, stamp, now)
         return values, stamp
 
@@ -322,6 +337,14 @@ class Stitcher:
         if len(old) == k + 1:
             here = self.robot.action_slice(self.robot.motion)
             self.jump.add(float(np.linalg.norm(values[k, here] - old[k, here])))
+
+    def _after_rest(self, values: np.ndarray, steps: int) -> np.ndarray:
+        """Put steps of rest before a prediction; absolute targets go to the first one."""
+        rest = np.repeat(values[:1], steps, axis=0)
+        for field in (self.robot.motion, self.robot.rotation):
+            if field is not None and field.mode == "delta":
+                rest[:, self.robot.action_slice(field)] = 0.0
+        return np.concatenate([rest, values])
 
     def _fade_in(self, values: np.ndarray, stamp: float, now: float) -> np.ndarray:
         """Lead from the plan into a prediction over its first free steps; past its end the plan goes on straight.

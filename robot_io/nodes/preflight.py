@@ -510,10 +510,11 @@ class Replay:
             for part in ("images", "image_valid", "state", "state_valid", "language", "language_valid", "embodiment")
             if getattr(seen, part).numel()
         )
-        apart = [np.abs(chunk.motion - robot.motion_of(np.asarray(offline.values, float))).max()]
+        n = len(offline.values)  # before them there may be steps of rest
+        apart = [np.abs(chunk.motion[-n:] - robot.motion_of(np.asarray(offline.values, float))).max()]
         if robot.gripper is not None:
             grip = offline.values[:, robot.action_slice(robot.gripper)][:, 0]
-            apart.append(np.abs(chunk.gripper - grip).max())
+            apart.append(np.abs(chunk.gripper[-n:] - grip).max())
         return Passage(observation, float(max(apart)), problem or "")
 
 
