@@ -346,6 +346,8 @@ def test_a_chunk_for_an_arm_that_stood_still_begins_when_it_is_sent(mode):
     assert not rests(sent=T0 - 0.5 * DT), "a step was under way"
     assert not rests(planned=T0 - 3 * DT), "a chunk has a step left"
     assert not rests(planned=T0 + DT), "a chunk begins meanwhile"
+    late = stitcher(mode, max_committed=8).stitch(values, T0, T0 + 16 * DT)[0]
+    np.testing.assert_allclose(late, values, atol=1e-12)  # all of it is past, as the guard shall see
     assert len(stitcher("latency_compensated", OTHER).stitch(values, T0, T0 + 2.5 * DT)[0]) == 16, "nobody knows"
 
 

@@ -303,10 +303,11 @@ class Stitcher:
         values = np.asarray(values, float)
         if self.mode == SYNCHRONOUS:
             return values[: self._wanted or len(values)], now
-        rests = self.plan is not None and self.plan.rests(stamp, now)
+        late = self._late(stamp, now)
+        rests = self.plan is not None and self.plan.rests(stamp, now) and late < len(values)  # else it is too old
         if rests:
             self._older.clear()
-            values = self._after_rest(values, self._late(stamp, now))
+            values = self._after_rest(values, late)
         self._note_jump(values, stamp, now)
         if self.mode == ENSEMBLING:
             values = self._ensemble(values, stamp, now)
