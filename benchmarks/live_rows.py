@@ -638,7 +638,7 @@ def stitching(tier: str) -> list[Case]:
     if tier == "full":
         runs = train_policies()
         policies = {prefix: DitaPolicy.from_pretrained(run) for prefix, run in runs.items()}
-        episodes, delays, pairs = play_all(runs), DELAYS, 20
+        episodes, delays, pairs = play_all(runs), DELAYS, 100
     else:
         config = replace(compose("train", ["policy=dita_tiny"], TrainConfig).policy, chunk_size=CHUNK)
         policies = {p: made_up(spec, replace(config, max_committed_slots=COMMITTED * p)) for p in (True, False)}

@@ -6,8 +6,9 @@ There is no clock here, every time is an argument. Shape legend: n steps, m moti
 """
 
 import math
+from bisect import bisect_right
 from collections import Counter, deque
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, Deque, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -107,17 +108,19 @@ class Plan:
             return False
         return chunk is None or chunk.stamp >= now - slack or chunk.stamp + len(chunk.motion) * self.dt <= since + slack
 
-    def _steps(self, since: float) -> List[Tuple[float, np.ndarray, np.ndarray, Optional[float]]]:
-        """Return (start, configuration before, target, gripper) of every known step that ends after `since`."""
+    def _steps(self, since: float, until: float) -> List[Tuple[float, np.ndarray, np.ndarray, Optional[float]]]:
+        """Return (start, configuration before, target, gripper) of every known step between two times."""
         if not self._sent:
             return []
-        steps = [s for s in self._sent if s[0] + self.dt > since] or [self._sent[-1]]
+        steps = [*takewhile(lambda s: s[0] + self.dt > since, reversed(self._sent))][::-1] or [self._sent[-1]]
         chunk, (last, _, goal, _) = self._chunk, self._sent[-1]
         for i in range(len(chunk.motion) if chunk is not None else 0):
             assert chunk is not None
             start = chunk.stamp + i * self.dt
             if start < last + 0.5 * self.dt or start < self._from + EARLY * self.dt:
                 continue  # executed, or past when the chunk arrived
+            if start >= until:
+                break
             row = chunk.motion[i]
             target = self.space.delta(goal, self.scale * row) if self.robot.motion.mode == "delta" else row
             steps.append((start, goal, target, None if chunk.gripper is None else float(chunk.gripper[i])))
@@ -130,7 +133,7 @@ class Plan:
         k < n where the plan ends. Steps whose grid is shifted against the plan's are read off it by interpolation;
         the gripper is held, not interpolated. Before its first step the robot stood where that step began.
         """
-        steps = self._steps(begin)
+        steps = self._steps(begin, begin + n * self.dt)
         if not steps or (self.robot.gripper is not None and steps[0][3] is None):
             return np.zeros((0, self.robot.action_dim))
         knots, slack = self._knots(steps), EARLY * self.dt
@@ -141,8 +144,8 @@ class Plan:
         gripper = None
         if self.robot.gripper is not None:
             known = [(start, value) for start, _, _, value in steps if value is not None]
-            held = [[v for t, v in known if t <= begin + i * self.dt + slack] or [known[0][1]] for i in range(k)]
-            gripper = np.array([values[-1] for values in held])
+            after = [bisect_right(known, begin + i * self.dt + slack, key=lambda s: s[0]) for i in range(k)]
+            gripper = np.array([known[max(0, i - 1)][1] for i in after])
         if self.robot.motion.mode == "delta":
             motion = np.array([delta_between(self.space, a, b) for a, b in pairwise(points)])
         else:
@@ -151,7 +154,7 @@ class Plan:
 
     def at(self, time: float) -> Optional[np.ndarray]:
         """Return the configuration that is commanded for a time [s], or None if that is not decided."""
-        steps = self._steps(time)
+        steps = self._steps(time, time + self.dt)
         if not steps:
             return None
         knots = self._knots(steps)
@@ -224,6 +227,7 @@ class Stitcher:
         self._size, self._past, self._most = chunk_size, past_slots, max_committed
         self._wanted = n_action_steps or math.ceil(interval / robot.action_dt - EARLY)
         self._latencies: Deque[float] = deque(maxlen=KEEP)
+        self._delay = 0
         self._older: Deque[Tuple[float, np.ndarray]] = deque(maxlen=CHUNKS - 1)  # (stamp, targets [n m])
         self._given = 0  # of the last prediction's steps, how many were decided
         self.counts: Counter = Counter()
@@ -250,13 +254,12 @@ class Stitcher:
     def on_latency(self, seconds: float) -> None:
         """Take a measured time from an observation's stamp to its published chunk [s]."""
         self._latencies.append(seconds)
+        self._delay = math.ceil(float(np.percentile(self._latencies, 99)) / self.robot.action_dt - EARLY)
 
     @property
     def delay(self) -> int:
         """Return d, steps from an observation to its chunk: the measured 99th percentile, rounded up; 0 at first."""
-        if not self._latencies:
-            return 0
-        return math.ceil(float(np.percentile(self._latencies, 99)) / self.robot.action_dt - EARLY)
+        return self._delay
 
     @property
     def execution(self) -> int:

@@ -378,7 +378,6 @@ class PolicyNode:
         _check_values(values, self.robot.action_dim, self._action_range)
         now = self.bus.now()
         with self._lock:
-            self._stitcher.on_latency(now - chunk.stamp)
             values, stamp = self._stitcher.stitch(values, chunk.stamp, now)
             self._id += 1
             gripper = values[:, self.robot.action_slice(self.robot.gripper)]
@@ -388,6 +387,8 @@ class PolicyNode:
         self._send(sent, gripper)
         self._latency.add(self.bus.now() - chunk.stamp)
         self._failed = ""
+        with self._lock:
+            self._stitcher.on_latency(now - chunk.stamp)
         # frames come a little before or after their time: waiting for the exact one would cost a whole period
         early = 0.0 if self._stitcher.mode == SYNCHRONOUS else NEAR * self.robot.obs_dt
         return self._stitcher.next_stamp(stamp, len(values)) - early
