@@ -273,7 +273,7 @@ def refused_checkpoint(trial: Trial) -> Expect:
 
 def broken_checkpoint(folder: Path, how: str) -> None:
     """Write a tiny policy for a simulated Sawyer, then damage it."""
-    from benchmarks.live_rows import made_up
+    from benchmarks.stitching_rows import made_up
     from dita.checkpoint import save_policy
     from dita.cli import compose
     from dita.config import TrainConfig

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 from benchmarks.eval_rows import eval_throughput
 from benchmarks.harness import Case
-from benchmarks.live_rows import node_latency, stitching
+from benchmarks.latency_rows import node_latency
 from benchmarks.loader_rows import loader
 from benchmarks.policy_rows import denoise_exact, tick_gpu, tick_stream, train_multinoise
 from benchmarks.process_rows import memory, startup
+from benchmarks.stitching_rows import stitching
 from benchmarks.train_rows import ddp_scaling
 
 ROWS: dict[str, Callable[[str], list[Case]]] = {

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import harness, live_rows
+from benchmarks import harness, stitching_rows
 from benchmarks.rows import ROWS
 
 ROOT = Path(__file__).parent.parent
@@ -86,29 +87,31 @@ def test_seams_are_where_a_chunk_takes_over_or_ends() -> None:
     steps = np.array([0, 1, 1, 1, 3, 3, 0, 0, 0, 2, 2], float) * 1e-3  # [m]
     began = [0, 5, 5, 5, 9, 9, 0, 0, 0, 12, 12]  # nothing, a chunk, another, a pause, a third
     path = np.concatenate([[0.0], np.cumsum(steps)])[:, None] * np.array([[1.0, 0.0, 0.0]])
-    jumps, inside, jerks, jerks_inside = live_rows.seams_of(path, began, dt=0.1)
+    jumps, inside, jerks, jerks_inside = stitching_rows.seams_of(path, began, dt=0.1)
     assert jumps == pytest.approx([0.002, 0.003, 0.002])  # 1 -> 3, 3 -> 0, 0 -> 2; none in the pause
     assert inside == pytest.approx([0, 0, 0], abs=1e-12)  # from the third step of the first chunk on
     assert jerks == pytest.approx([2, 3, 2])  # |second difference of the steps| / dt^3
     assert jerks_inside == pytest.approx([0, 2, 2], abs=1e-9)
 
 
-def made_up_episode(name: str, delay: int, seed: int, jump: float = 0.003) -> live_rows.Episode:
+def made_up_episode(name: str, delay: int, seed: int, jump: float = 0.003) -> stitching_rows.Episode:
     rows = [0.001, 0.002, 0.003]
-    return live_rows.Episode(name, delay, live_rows.TASKS[0], seed, seed > 0, 90, 1, [jump], rows, [50.0], rows)
+    return stitching_rows.Episode(
+        name, delay, stitching_rows.TASKS[0], seed, seed > 0, 90, 1, [jump], rows, [50.0], rows
+    )
 
 
 def test_a_page_of_some_cells_says_how_many_starts_and_how_sure(tmp_path) -> None:
     episodes = [made_up_episode("rtc, trained", 6, seed) for seed in range(4)]
-    seams = live_rows.seams_by_cell([*episodes, made_up_episode("naive switch", 6, 0, 0.02)])
+    seams = stitching_rows.seams_by_cell([*episodes, made_up_episode("naive switch", 6, 0, 0.02)])
     assert seams["rtc, trained", 6].jump == (1.5, 1.5, 1.5) and seams["naive switch", 6].jump[0] == 10.0
     values = seams["rtc, trained", 6].to_dict()
     assert (values["episodes"], values["successes"], values["seams"], values["underruns"]) == (4, 3, 4, 4)
-    live_rows.write_page(seams, 0.0125, tmp_path)
+    stitching_rows.write_page(seams, 0.0125, tmp_path)
     page = (tmp_path / "stitching.md").read_text()
     assert "| rtc, trained | 75 | 3/4 | 0.30 .. 0.95 | 1.50 | 1.50 .. 1.50 |" in page and "ensembling |" not in page
     assert (tmp_path / "stitching.png").read_bytes()[:4] == b"\x89PNG"
-    nowhere = live_rows.Seam([live_rows.Episode("synchronous", 6, live_rows.TASKS[0], 0, False, 9, 0, [], [], [], [])])
+    nowhere = stitching_rows.Seam([replace(episodes[0], jumps=[], inside=[], jerks=[], jerks_inside=[])])
     assert nowhere.to_dict()["jump_ratio_and_interval"] is None  # no two chunks met: no number
 
 
@@ -128,20 +131,20 @@ def test_groups_that_were_played_are_not_played_again(tmp_path, monkeypatch) -> 
                 played.append(cell)
                 yield [made_up_episode(cell[0], cell[1], cell[3] + i) for i in range(2)]
 
-    values = {"BUILD": tmp_path, "STARTS": 4, "GROUP": 2, "DELAYS": (0, 6), "TASKS": live_rows.TASKS[:1]}
+    values = {"BUILD": tmp_path, "STARTS": 4, "GROUP": 2, "DELAYS": (0, 6), "TASKS": stitching_rows.TASKS[:1]}
     for name, value in values.items():
-        monkeypatch.setattr(live_rows, name, value)
-    monkeypatch.setattr(live_rows, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(live_rows.DitaPolicy, "from_pretrained", lambda run: run)
-    monkeypatch.setattr(live_rows, "identity", lambda run: {"weights": str(run)})
+        monkeypatch.setattr(stitching_rows, name, value)
+    monkeypatch.setattr(stitching_rows, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(stitching_rows.DitaPolicy, "from_pretrained", lambda run: run)
+    monkeypatch.setattr(stitching_rows, "identity", lambda run: {"weights": str(run)})
     runs = {True: Path("a"), False: Path("b")}
-    every = live_rows.play_all(runs)
-    assert len(every) == 2 * 2 * len(live_rows.MODES) * 2 and len(played) == 24
+    every = stitching_rows.play_all(runs)
+    assert len(every) == 2 * 2 * len(stitching_rows.MODES) * 2 and len(played) == 24
     (path,) = tmp_path.glob("episodes.*.jsonl")
     text = path.read_text()
     path.write_text(text[: len(text) - 30])  # killed while it wrote: the last group is not whole
     played.clear()
-    assert live_rows.play_all(runs) == every and len(played) == 1
-    assert live_rows.play_all(runs) == every and len(played) == 1
-    live_rows.play_all({True: Path("c"), False: Path("b")})  # other weights are another experiment
+    assert stitching_rows.play_all(runs) == every and len(played) == 1
+    assert stitching_rows.play_all(runs) == every and len(played) == 1
+    stitching_rows.play_all({True: Path("c"), False: Path("b")})  # other weights are another experiment
     assert len(played) == 25 and len(list(tmp_path.glob("episodes.*.jsonl"))) == 2
