@@ -18,10 +18,12 @@ import torch
 from dita.policy.fast import PolicySession
 from dita.policy.policy import DitaPolicy
 from dita.types import RawObservation
+from robot_io.nodes.serve import keep_memory
 
 
 def main(checkpoint: str, port: int, steps: int) -> None:
     """Serve until killed."""
+    keep_memory()
     torch.set_num_threads(1)
     session = PolicySession(DitaPolicy.from_pretrained(checkpoint), num_inference_steps=steps)
     camera = session.policy.specs[session.embodiment].cameras[0]

@@ -137,6 +137,9 @@ def _over_http(port: int, begin: float, indices: Sequence[int], acts: int) -> It
 
 
 def _http_rows(*arguments: Any) -> list[tuple[float, float]]:
+    from robot_io.nodes.serve import keep_memory
+
+    keep_memory()
     return list(_over_http(*arguments))
 
 
@@ -149,7 +152,7 @@ def node_latency(tier: str) -> list[Case]:
     """
     from robot_io.bus import open_bus
     from robot_io.live import Children
-    from robot_io.nodes.serve import be_nice
+    from robot_io.nodes.serve import be_nice, keep_memory
 
     rounds, images = (6, 100) if tier == "full" else (1, 2 * WARM_UP + 4)
     config = compose("train", ["policy=dita_tiny"], TrainConfig).policy
@@ -178,6 +181,7 @@ def node_latency(tier: str) -> list[Case]:
         bus = open_bus(name="bench", **bus_arguments)
         stack.callback(bus.close)
         stack.callback(be_nice, os.nice(0))
+        keep_memory()  # as every node
         be_nice(-10)  # camera, arm and readers are other machines: they do not wait for those that compute
         arm = Arm(bus, spec)
         # of a process of its own: in a thread it would wait for the interpreter that publishes the arm

@@ -53,9 +53,6 @@ CHILD_ENV = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",  # a spinning worker would take the guard's core
     "PYTHONUNBUFFERED": "1",
-    # without these every image is mapped and unmapped anew
-    "MALLOC_TRIM_THRESHOLD_": "134217728",
-    "MALLOC_MMAP_THRESHOLD_": "67108864",
 }
 
 

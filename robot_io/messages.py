@@ -10,7 +10,6 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -70,12 +69,6 @@ def _header(msg: Msg, stamp: float, frame: str) -> Any:
 def _duration(msg: Msg, seconds: float) -> Any:
     sec, nanosec = divmod(round(seconds * 1e9), 10**9)
     return msg("builtin_interfaces/msg/Duration", sec=sec, nanosec=nanosec)
-
-
-@lru_cache(maxsize=16)
-def _times(msg: Msg, n: int, dt: float) -> Tuple[Any, ...]:
-    """Return the durations dt, 2 dt ... n dt: those of every chunk of a robot."""
-    return tuple(_duration(msg, (i + 1) * dt) for i in range(n))
 
 
 def _seconds(duration: Any) -> float:
@@ -279,10 +272,10 @@ def joint_chunk_to_ros(
     points = [
         msg(
             "trajectory_msgs/msg/JointTrajectoryPoint",
-            time_from_start=time,
+            time_from_start=_duration(msg, (i + 1) * dt),
             **{quantity: row},
         )
-        for time, row in zip(_times(msg, len(values), dt), np.asarray(values, float) / scale, strict=True)
+        for i, row in enumerate(np.asarray(values, float) / scale)
     ]
     header = _header(msg, stamp, f"chunk#{id}" if id else "")
     return msg(JOINT_TRAJECTORY, header=header, joint_names=list(names), points=points)
@@ -337,8 +330,9 @@ def cartesian_chunk_to_ros(
     """
     points = []
     rows = np.asarray(values, float) / (dt if delta else 1.0)
-    for time, row in zip(_times(msg, len(rows), dt), rows.tolist(), strict=True):
+    for i, row in enumerate(rows.tolist()):
         field = {"velocities": [_twist_of(msg, row)]} if delta else {"transforms": [_transform(msg, row)]}
+        time = _duration(msg, (i + 1) * dt)
         points.append(msg("trajectory_msgs/msg/MultiDOFJointTrajectoryPoint", time_from_start=time, **field))
     names = [f"{name}#{id}" if id else name]
     return msg(CARTESIAN_TRAJECTORY, header=_header(msg, stamp, frame), joint_names=names, points=points)

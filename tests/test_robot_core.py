@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -183,3 +184,27 @@ def test_robot_folder_keeps_python_3_10_syntax():
 
     for path in sorted((Path(__file__).parent.parent / "robot_io").rglob("*.py")):
         ast.parse(path.read_text(), str(path), feature_version=(3, 10))
+
+
+def test_a_node_keeps_the_memory_of_its_images():
+    code = """if True:
+        import resource, sys
+        from robot_io.nodes.serve import keep_memory
+        if sys.argv[1] == "kept":
+            keep_memory()
+        for i in range(100):
+            if i == 50:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            images = [bytearray(900_000) for _ in range(4)]
+            for image in images:
+                image[::4096] = image[::4096]
+            del image, images
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    faults = {
+        how: int(subprocess.run([sys.executable, "-c", code, how], env=plain, check=True, capture_output=True).stdout)
+        for how in ("kept", "mapped")
+    }
+    if platform.libc_ver()[0] == "glibc":
+        assert faults["kept"] < 50 < 200 * 100 < faults["mapped"]  # page faults of 200 images
