@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -148,16 +149,26 @@ def node_latency(tier: str) -> list[Case]:
 
     Both see every image and act on every second one, by turns, while the guard is armed: the node on one, the server on
     the next. So both have the same load around them, in the same seconds. The bare tick is what the server's process
-    spends in `predict`.
+    spends in `predict`. The processes are started several times: where they come to lie makes a difference.
     """
+    starts, rounds, images = (3, 2, 100) if tier == "full" else (1, 1, 2 * WARM_UP + 4)
+    others = busy_cores()
+    parts = [_start(rounds, images) for _ in range(starts)]
+    found: dict[str, Any] = {key: sum((part[key] for part in parts[1:]), parts[0][key])
+                             for key in ("node", "http", "bare", "gaps", "holds", "together", "asked")}  # fmt: skip
+    for name, reduce in (("guard", max), ("policy", mean)):
+        found[name] = {key: reduce(part[name].get(key, math.nan) for part in parts) for key in parts[0][name]}
+    return _latency_cases(found, others)
+
+
+def _start(rounds: int, images: int) -> dict[str, Any]:
+    """Start policy, guard and server, and measure some rounds."""
     from robot_io.bus import open_bus
     from robot_io.live import Children
     from robot_io.nodes.serve import be_nice, keep_memory
 
-    rounds, images = (6, 100) if tier == "full" else (1, 2 * WARM_UP + 4)
     config = compose("train", ["policy=dita_tiny"], TrainConfig).policy
     spec, domain = bench_arm(), 87
-    others = busy_cores()
     with TemporaryDirectory() as folder, ExitStack() as stack:
         at, robot = f"{folder}/policy", Path(folder) / "bench_arm.json"
         save_policy(made_up(spec, config), Path(at))
@@ -186,8 +197,7 @@ def node_latency(tier: str) -> list[Case]:
         arm = Arm(bus, spec)
         # of a process of its own: in a thread it would wait for the interpreter that publishes the arm
         client = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
-        found = _measure_rounds(arm, children, client, port, rounds, images)
-    return _latency_cases(found, others)
+        return _measure_rounds(arm, children, client, port, rounds, images)
 
 
 def _free_port() -> int:
