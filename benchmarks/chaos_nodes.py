@@ -84,7 +84,7 @@ class InjectBus:
 
         return SimpleNamespace(publish=publish)
 
-    def subscribe(self, topic: str, type: str, qos: Any, callback: Callable[[Any], None]) -> None:
+    def subscribe(self, topic: str, type: str, qos: Any, callback: Callable[[Any], None], urgent: bool = True) -> None:
         """Subscribe; what comes passes the order's change, and its callback may raise or hang."""
 
         def receive(message: Any) -> None:
@@ -95,7 +95,7 @@ class InjectBus:
             else:
                 change.pass_on(message, callback, lambda: self.applied(f"in {topic}"))
 
-        self._bus.subscribe(topic, type, qos, receive)
+        self._bus.subscribe(topic, type, qos, receive, urgent)
 
     def timer(self, period_s: float, callback: Callable[[], None]) -> None:
         """Call `callback` in a rhythm."""

@@ -140,7 +140,7 @@ class Tape:
 
         return SimpleNamespace(publish=publish)
 
-    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
+    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None], urgent: bool = True) -> None:
         """Call back at once."""
         self.readers.setdefault(topic, []).append(callback)
 

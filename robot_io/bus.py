@@ -75,8 +75,12 @@ class Bus(Protocol):
         """Offer `topic`."""
         ...
 
-    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
-        """Call `callback(message)` for every message on `topic`."""
+    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None], urgent: bool = True) -> None:
+        """Call `callback(message)` for every message on `topic`.
+
+        What is not urgent may wait for the next timer or urgent message, before which it is then handled if it was
+        subscribed to before: a stream that nobody waits for need not take time from an inference.
+        """
         ...
 
     def timer(self, period_s: float, callback: Callable[[], None]) -> None:

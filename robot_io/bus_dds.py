@@ -343,11 +343,12 @@ class DdsBus:
         self._publishers.append(DdsPublisher(writer, topic, type, qos))
         return self._publishers[-1]
 
-    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
-        """Call `callback(message)` for every message on `topic`."""
+    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None], urgent: bool = True) -> None:
+        """Call `callback(message)` for every message on `topic`; what is not urgent ends no wait of `spin`."""
         reader = DataReader(self._participant, self._topic(topic, type), qos=_dds_qos(qos, type))
         subscription = _Subscription(reader, topic, type, qos, callback)
-        self._waitset.attach(subscription.condition)
+        if urgent:
+            self._waitset.attach(subscription.condition)
         self._subscriptions.append(subscription)
 
     def timer(self, period_s: float, callback: Callable[[], None]) -> None:

@@ -137,8 +137,8 @@ class RclpyBus:
         self._latched.append(Latched(made, qos.depth))
         return self._latched[-1]
 
-    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None]) -> None:
-        """Call `callback(message)` for every message on `topic`."""
+    def subscribe(self, topic: str, type: str, qos: Qos, callback: Callable[[Any], None], urgent: bool = True) -> None:
+        """Call `callback(message)` for every message on `topic`; the executor treats all as urgent."""
         kind, profile = class_of(type), profile_of(qos)
         handler = events.SubscriptionEventCallbacks(
             incompatible_qos=lambda e: self._report(topic, "requests", qos, e),

@@ -28,7 +28,7 @@ class LocalBus:
 
         return SimpleNamespace(publish=publish)
 
-    def subscribe(self, topic: str, type: str, qos: Any, callback: Callable[[Any], None]) -> None:
+    def subscribe(self, topic: str, type: str, qos: Any, callback: Callable[[Any], None], urgent: bool = True) -> None:
         self._readers.setdefault(topic, []).append(callback)
 
     def timer(self, period_s: float, callback: Callable[[], None]) -> None:

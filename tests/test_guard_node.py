@@ -89,7 +89,7 @@ class Bus:
         message(type)  # a type that this bus does not know is refused
         return SimpleNamespace(publish=lambda sent: self.sent[topic].append(sent))
 
-    def subscribe(self, topic, type, qos, callback):
+    def subscribe(self, topic, type, qos, callback, urgent=True):
         self.types.setdefault(topic, type)
         self.requested[topic] = qos
         self.readers[topic].append(callback)

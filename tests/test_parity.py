@@ -47,7 +47,7 @@ class LoopBus:
 
         return _Publisher(publish)
 
-    def subscribe(self, topic: str, type: str, qos: Any, callback: Callable[[Any], None]) -> None:
+    def subscribe(self, topic: str, type: str, qos: Any, callback: Callable[[Any], None], urgent: bool = True) -> None:
         self.subscribers.setdefault(topic, []).append(callback)
 
     def now(self) -> float:

@@ -398,7 +398,7 @@ class Bus:
     def publisher(self, topic, type, qos):
         return SimpleNamespace(publish=lambda message: self.sent.setdefault(topic, []).append(message))
 
-    def subscribe(self, topic, type, qos, callback):
+    def subscribe(self, topic, type, qos, callback, urgent=True):
         self.heard[topic], self.requested[topic] = callback, qos
 
     def timer(self, period, callback):

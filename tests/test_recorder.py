@@ -305,7 +305,7 @@ class HandBus:
     def publisher(self, topic, type, qos):
         return SimpleNamespace(publish=lambda value: self.sent.append((topic, value)))
 
-    def subscribe(self, topic, type, qos, callback):
+    def subscribe(self, topic, type, qos, callback, urgent=True):
         self.callbacks.setdefault(topic, []).append(callback)
 
     def timer(self, period, callback):

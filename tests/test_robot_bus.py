@@ -324,6 +324,26 @@ def test_timers_keep_their_grid_and_shutdown_ends_spin(second):
     assert gaps[2] >= 0.05 and np.sum(gaps < 0.005) <= 1
 
 
+def test_what_is_not_urgent_comes_before_what_is_if_it_was_subscribed_to_before(bus, second, kind):
+    heard, states, images = [], bus.publisher("/state", m.FLOAT, STATE), bus.publisher("/image", m.FLOAT, STATE)
+    second.subscribe("/state", m.FLOAT, STATE, lambda x: heard.append(("state", x.data)), urgent=False)
+    second.subscribe("/image", m.FLOAT, STATE, lambda x: heard.append(("image", x.data)))
+    until(second, lambda: heard[-1:] == [("image", 0.0)], lambda: images.publish(bus.msg(m.FLOAT, data=0.0)))
+    until(second, lambda: ("state", 0.0) in heard, lambda: states.publish(bus.msg(m.FLOAT, data=0.0)))
+    second.spin(0.2)
+    del heard[:]
+    for i in (1.0, 2.0):
+        states.publish(bus.msg(m.FLOAT, data=i))
+    time.sleep(0.1)
+    images.publish(bus.msg(m.FLOAT, data=3.0))
+    until(second, lambda: len(heard) == 3)
+    if kind == "dds":
+        assert heard == [("state", 1.0), ("state", 2.0), ("image", 3.0)]
+    assert sorted(heard) == [("image", 3.0), ("state", 1.0), ("state", 2.0)]
+    states.publish(bus.msg(m.FLOAT, data=4.0))  # nothing else comes but the bus's own timers
+    until(second, lambda: heard[-1] == ("state", 4.0))
+
+
 def test_messages_without_end_do_not_starve_a_timer(second):
     """Each message calls for the next one: a bus that served all of them first would never come to the timer."""
     heard, ticks = [], []

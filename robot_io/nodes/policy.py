@@ -122,18 +122,19 @@ class PolicyNode:
         if self.robot.gripper is not None:
             self._chunk_gripper = bus.publisher(CHUNK_GRIPPER, m.JOINT_TRAJECTORY, COMMAND)
         self._diagnostics = bus.publisher(DIAGNOSTICS, m.DIAGNOSTICS, STATE)
+        # states before images, which are paired with them
+        if self.robot.driver.pose_topic in self._sources():
+            self._subscribe(self.robot.driver.pose_topic, m.POSE, MEASURED, self._on_pose, urgent=False)
+        if self.robot.driver.joints_topic in self._sources():
+            self._subscribe(self.robot.driver.joints_topic, m.JOINT_STATE, MEASURED, self._on_joints, urgent=False)
         for camera in self.robot.cameras:
             if compressed:
                 self._subscribe(f"{image_topic(camera)}/compressed", m.COMPRESSED_IMAGE, SENSOR, self._image(camera))
             else:
                 self._subscribe(image_topic(camera), m.IMAGE, SENSOR, self._image(camera))
-        if self.robot.driver.pose_topic in self._sources():
-            self._subscribe(self.robot.driver.pose_topic, m.POSE, MEASURED, self._on_pose)
-        if self.robot.driver.joints_topic in self._sources():
-            self._subscribe(self.robot.driver.joints_topic, m.JOINT_STATE, MEASURED, self._on_joints)
         self._subscribe(INSTRUCTION, m.STRING, LATCHED, self._on_instruction)
         self._subscribe(GUARD_STATE, m.STRING, LATCHED, self._on_guard)
-        self._subscribe(EXECUTED, chunk_type(self.robot), STATE, self._on_executed)
+        self._subscribe(EXECUTED, chunk_type(self.robot), STATE, self._on_executed, urgent=False)
         about = {**(about or {}), "mode": self._stitcher.mode}
         self._contract.publish(
             m.json_to_ros(bus.msg, {"embodiment": dict(embodiment), "hash": contract_hash, "policy": about})
@@ -155,7 +156,7 @@ class PolicyNode:
         if self.error is not None:
             raise self.error
 
-    def _subscribe(self, topic: str, type: str, qos: Any, callback: Callable[[Any], None]) -> None:
+    def _subscribe(self, topic: str, type: str, qos: Any, callback: Callable[[Any], None], urgent: bool = True) -> None:
         """Subscribe; a message that makes no sense is dropped, counted and said, whoever sends it."""
 
         def checked(message: Any) -> None:
@@ -166,7 +167,7 @@ class PolicyNode:
                 self._reason = f"{topic}: {e}"
                 self._say("error", topic, self._reason)
 
-        self.bus.subscribe(topic, type, qos, checked)
+        self.bus.subscribe(topic, type, qos, checked, urgent)
 
     def _say(self, level: Any, kind: str, text: str) -> None:
         """Log, at most once in a while for each kind."""
