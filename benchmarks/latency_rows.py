@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -278,13 +278,16 @@ def _latency_cases(starts: Sequence[dict[str, Any]], others: float) -> list[Case
         raise TimeoutError("node_latency: no chunk came over the wire")
     found: dict[str, Any] = {key: [x for s in starts for x in s[key]] for key in ("node", "http", "bare", "gaps")}
     found |= {key: sum(s[key] for s in starts) for key in ("holds", "together", "asked")}
-    for name, reduce in (("guard", max), ("policy", mean)):
-        found[name] = {key: reduce(s[name].get(key, math.nan) for s in starts) for key in starts[0][name]}
+    for name in ("guard", "policy"):
+        found[name] = {key: median(s[name].get(key, math.nan) for s in starts) for key in starts[0][name]}
     # [s], of each start
     times = {(side, q): [float(np.percentile(s[side], q)) for s in starts]
              for side in ("node", "http", "bare") for q in (50, 99)}  # fmt: skip
     detail = {
-        "of_starts": {f"{side} p{q}": values for (side, q), values in times.items()},
+        "of_starts": {
+            **{f"{side} p{q}": values for (side, q), values in times.items()},
+            "guard": [s["guard"] for s in starts],
+        },
         "seconds": {k: found[k] for k in ("node", "http", "bare")},
         "guard": found["guard"],
         "policy": found["policy"],
