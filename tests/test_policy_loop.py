@@ -381,6 +381,7 @@ class Bus:
     """A bus on a clock of the test's, in one thread; what is published is kept."""
 
     def __init__(self):
+        self.waiting = []  # topics that are not urgent
         self.name, self.time, self.step, self.sent, self.heard, self.logs, self.timers = (
             "policy",
             T0,
@@ -400,6 +401,7 @@ class Bus:
 
     def subscribe(self, topic, type, qos, callback, urgent=True):
         self.heard[topic], self.requested[topic] = callback, qos
+        self.waiting += [topic] * (not urgent)
 
     def timer(self, period, callback):
         self.timers.append(callback)
@@ -786,6 +788,13 @@ def test_a_joint_arm_is_read_by_name_and_its_chunks_travel_as_joints():
     np.testing.assert_array_equal(sent, policy.values)
     assert dt == pytest.approx(0.0125)
     node._loop.stop(5)
+
+
+def test_states_wait_for_the_next_image_and_are_then_handled_before_it():
+    bus = Rig().bus
+    assert bus.waiting == ["/tool_pose", "/joint_states", EXECUTED], "nobody waits for them in an inference"
+    order = list(bus.heard)
+    assert max(order.index("/tool_pose"), order.index("/joint_states")) < order.index("/corner/image_raw")
 
 
 def test_a_lost_state_keeps_no_other_one_waiting():
