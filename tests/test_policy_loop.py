@@ -761,6 +761,8 @@ def test_synchronous_chunks_begin_when_they_are_sent_and_the_next_look_waits_for
     rig.run(0.3)
     rig.wait(lambda: len(rig.policy.calls) > 1)
     assert rig.policy.calls[1][0][-1].stamp >= end - 1e-9
+    chunk = SimpleNamespace(values=rig.policy.values, stamp=rig.bus.now(), action_dt=0.0125)
+    assert rig.node._publish(chunk) == pytest.approx(rig.bus.now() + 4 * 0.0125), "not a little before its end"
     rig.node._loop.stop(5)
 
 

@@ -327,9 +327,9 @@ def test_a_chunk_for_an_arm_that_stood_still_begins_when_it_is_sent(mode):
     values = np.random.default_rng(0).normal(size=(16, 4))
 
     def rests(sent=None, planned=None, space="position deltas"):
-        s = stitcher(mode, SPACES[space], max_committed=8, fade=0)
+        s = stitcher(mode, SPACES[space], max_committed=8)
         if sent is not None:
-            s.on_executed(sent, np.zeros(3), np.zeros(3), 1.0)
+            s.on_executed(sent, np.ones(3), np.ones(3), 1.0)
         if planned is not None:
             s.published(chunk_of(s.robot, values[:4], planned), T0)
         out, stamp = s.stitch(values, T0, T0 + 2.5 * DT)

@@ -307,14 +307,12 @@ class Stitcher:
         if self.mode == SYNCHRONOUS:
             return values[: self._wanted or len(values)], now
         late = self._late(stamp, now)
-        rests = self.plan is not None and self.plan.rests(stamp, now) and late < len(values)  # else it is too old
-        if rests:
-            self._older.clear()
+        if self.plan is not None and self.plan.rests(stamp, now) and late < len(values):  # else it is too old
             values = self._after_rest(values, late)
         self._note_jump(values, stamp, now)
         if self.mode == ENSEMBLING:
             values = self._ensemble(values, stamp, now)
-        if self.mode == RTC and not rests:
+        if self.mode == RTC:
             values = self._fade_in(values, stamp, now)
         return values, stamp
 
