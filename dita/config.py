@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import dacite
 
@@ -22,7 +22,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     except dacite.UnexpectedDataError as e:
         raise ValueError(f"{where}: unknown key {', '.join(sorted(e.keys))}; see `configs/` for what exists") from None
     except (dacite.DaciteError, TypeError, ValueError) as e:
-        raise ValueError(f"{where}: {e}") from None
+        kind = getattr(e, "field_type", None)
+        words = [o for t in (kind, *get_args(kind)) if get_origin(t) is Literal for o in get_args(t)]
+        if not isinstance(e, dacite.WrongTypeError) or not words:
+            raise ValueError(f"{where}: {e}") from None
+        raise ValueError(f"{where}: {e.field_path} is one of {', '.join(map(str, words))}; got {e.value!r}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def test_other_commands_compose() -> None:
         (["inspect", "/nowhere.zarr"], "/nowhere.zarr"),
         (["report", "/nowhere"], "/nowhere"),
         (["collect", "env.tasks=[button-press-topdwn-v3]", "out=/tmp/dita-test-none"], "button-press-topdown-v3"),
+        (["train", "experiment=smoke", "policy.vision.kind=eye"], "is one of conv_qformer, dinov2_qformer"),
     ],
 )
 def test_refusals_are_one_line(argv, message, capsys) -> None:
