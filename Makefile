@@ -37,7 +37,7 @@ evidence-preflight: $(VENV)/.installed  ## minutes: which mistakes preflight nam
 evidence-store: $(VENV)/.installed  ## minutes: kills, bit flips and every other fault of a store; resumes
 	@$(BIN)/python benchmarks/store_faults.py
 
-ablations: $(VENV)/.installed  ## half an hour: what decides our defaults, on the demo's checkpoint; ARGS="--trained"; resumes
+ablations: $(VENV)/.installed  ## hours: what decides our defaults, three training seeds each; ARGS="spacing frames"; resumes
 	@$(BIN)/python -m benchmarks.ablations $(ARGS)
 
 peers: $(VENV)/.installed  ## hours, or days with the published epochs: other policies on the same demonstrations and starts; ARGS="--budget small"; resumes

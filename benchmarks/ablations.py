@@ -1,13 +1,15 @@
 """What decides our defaults: one question at a time, on the same starts, each answered by a card in docs/evidence.
 
-make ablations                                        # those that need no training, on the demo's checkpoint
-python -m benchmarks.ablations spacing ensembling --episodes 150
-python -m benchmarks.ablations --trained --steps 600 --seeds 0 1 2   # trains every variant; hours; resumes
-python -m benchmarks.ablations frames --steps 60 --episodes 10       # does it run? its answer means little
+make ablations                                                       # all of them: hours on two cores; resumes
+python -m benchmarks.ablations spacing ensembling --episodes 150     # these only
+python -m benchmarks.ablations spacing --checkpoints outputs/demo/train   # of a policy that is there
+python -m benchmarks.ablations frames --steps 60 --episodes 10 --seeds 0  # does it run? its answer means little
 
-A variant differs from the baseline in what its line says and in nothing else. One training seed speaks about one
-checkpoint: pairs by start, McNemar's exact test. Three or more speak about the method: clustered by training seed and
-start. Holm's correction covers the variants of a question. Everything that was trained or played is kept and continued.
+A variant differs from the baseline in what its line says and in nothing else. The baseline is what we ship, trained
+shorter: a policy that solves everything leaves nothing to see. Questions that train nothing ask it, too. Three or more
+training seeds speak about the method: clustered by training seed and start. Fewer speak about those checkpoints: pairs
+by start, McNemar's exact test. Holm's correction covers the variants of a question. Everything that was trained or
+played is kept, shared by the questions that need it, and continued.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import numpy as np
 from dita.cli import compose
 from dita.compare import compare_outcomes, outcomes
 from dita.config import EvalConfig
+from dita.embodiment import load_embodiment
 from dita.evaluate import evaluate, fingerprint, identity
 from dita.policy.diffusion import Diffusion
 from dita.policy.policy import DitaPolicy
@@ -56,23 +59,28 @@ class Question:
 
     text: str
     variants: tuple[Variant, ...]
-    trained: bool = False  # each variant is trained; else all of them are one checkpoint
-    equal_time: bool = False  # as long as the baseline, in wall time, instead of as many steps
+    equal_time: bool = False  # trained as long as the baseline, in wall time, instead of as many steps
+    language: bool = False  # asked where only the sentence says what to do
+
+    @property
+    def trained(self) -> bool:
+        """Whether variants differ in their training."""
+        return any(v.train for v in self.variants)
 
 
 SHIPPED = Variant("as shipped")
 QUESTIONS: dict[str, Question] = {
     "spacing": Question(
         "Does trailing spacing of the denoising steps do better than leading, whose first step is not pure noise?",
-        (Variant("leading", {"timestep_spacing": "leading"}), Variant("trailing", {"timestep_spacing": "trailing"})),
+        (Variant("leading"), Variant("trailing", {"timestep_spacing": "trailing"})),
     ),
     "denoising_steps": Question(
         "How many denoising steps does it take?",
-        tuple(Variant(f"{n} steps", eval=(f"num_inference_steps={n}",)) for n in (10, 5, 20)),
+        (Variant("10 steps"), *(Variant(f"{n} steps", eval=(f"num_inference_steps={n}",)) for n in (5, 20))),
     ),
     "n_action_steps": Question(
         "How many actions of a chunk should be executed before the next one? 1 is the official decoding.",
-        tuple(Variant(f"{n} actions", eval=(f"n_action_steps={n}",)) for n in (8, 1, 4, 16)),
+        (Variant("8 actions"), *(Variant(f"{n} actions", eval=(f"n_action_steps={n}",)) for n in (1, 4, 16))),
     ),
     "ensembling": Question(
         "Does averaging overlapping chunks, as ACT does, help where every step is planned anew?",
@@ -82,29 +90,43 @@ QUESTIONS: dict[str, Question] = {
             Variant("four actions, ensembled", eval=("n_action_steps=4", "temporal_ensembling=0.01")),
         ),
     ),
+    "robustness": Question(
+        "What does a policy bear that was trained without any augmentation?",
+        (
+            SHIPPED,
+            Variant("camera shifted by up to 1 cm", eval=("perturb.camera_shift=0.01",)),
+            Variant("camera turned by up to 1 degree", eval=("perturb.camera_turn=0.0175",)),
+            Variant("lamps 30 % up or down, by colour", eval=("perturb.light=0.3",)),
+            Variant("30 % of another colour in every surface", eval=("perturb.texture=0.3",)),
+            Variant("hand starts up to 3 cm away", eval=("perturb.start=0.03",)),
+            Variant("paraphrased instruction", eval=("perturb.instruction=paraphrased",)),
+            Variant("blank instruction", eval=("perturb.instruction=blank",)),
+            Variant("instruction of the other task", eval=("perturb.instruction=swapped",)),
+        ),
+    ),
+    "language": Question(
+        "Does the sentence decide, where nothing else says which of three cylinders to touch?",
+        (SHIPPED, *(Variant(f"{kind} instruction", eval=(f"perturb.instruction={kind}",))
+                    for kind in ("paraphrased", "blank", "swapped"))),
+        language=True,
+    ),
     "frames": Question(
         "How many frames should the policy see?",
-        tuple(Variant(f"{n} frame{'s' * (n > 1)}", train=(f"policy.n_obs_steps={n}",)) for n in (2, 1, 4)),
-        trained=True,
+        (Variant("2 frames"), Variant("1 frame", train=("policy.n_obs_steps=1",)),
+         Variant("4 frames", train=("policy.n_obs_steps=4",))),
     ),
     "noise_samples": Question(
         "How many noise samples per encoded context are best for the same wall time of training?",
-        tuple(Variant(f"K = {k}", train=(f"noise_samples_per_context={k}",)) for k in (4, 1, 8)),
-        trained=True,
+        (Variant("K = 4"), *(Variant(f"K = {k}", train=(f"noise_samples_per_context={k}",)) for k in (1, 8))),
         equal_time=True,
     ),
     "state_tokens": Question(
         "Does the policy need to be told the robot's state?",
         (SHIPPED, Variant("pictures and words only", train=("policy.state_tokens=false",))),
-        trained=True,
     ),
     "action_attention": Question(
         "Should later actions inform earlier ones?",
-        (
-            Variant("causal", train=("policy.action_attention=causal",)),
-            Variant("bidirectional", train=("policy.action_attention=bidirectional",)),
-        ),
-        trained=True,
+        (Variant("causal"), Variant("bidirectional", train=("policy.action_attention=bidirectional",))),
     ),
     "objective": Question(
         "Flow matching with 5 Euler steps against diffusion with DDIM, on the same network?",
@@ -118,9 +140,9 @@ QUESTIONS: dict[str, Question] = {
                 ),
             ),
         ),
-        trained=True,
     ),
 }  # fmt: skip
+LANGUAGE_TASKS = ("touch-red", "touch-green", "touch-blue")
 
 
 @dataclass(frozen=True)
@@ -131,9 +153,10 @@ class Budget:
     episodes: int  # unseen starts per task
     seeds: tuple[int, ...]  # of training
     steps: int  # of training
+    batch_size: int
     demonstrations: int  # per task
     experiment: str
-    checkpoints: tuple[str, ...]  # of questions that train nothing, one per training seed
+    checkpoints: tuple[str, ...]  # that are asked what needs no training; none: the baseline of each seed
     out: Path
     page: Path
     n_envs: int
@@ -155,23 +178,29 @@ class Line:
 
 
 def answer(name: str, budget: Budget) -> Path:
-    """Play, and where needed train, every variant of a question and write its card; what is there is kept.
+    """Train and play every variant of a question and write its card; what is there is kept.
 
     Raises:
         FileNotFoundError: no checkpoint, with what to run first.
         RuntimeError: a command failed; its own message stands above.
     """
     question = QUESTIONS[name]
+    budget = replace(budget, tasks=LANGUAGE_TASKS) if question.language else budget
     steps: dict[str, int] = {}
     played = {}
     for variant in question.variants:
-        runs = _train(name, question, variant, budget, steps) if question.trained else budget.checkpoints
-        folders = [_folder(name, question, variant, i, budget) for i in range(len(runs))]
+        steps[variant.name] = _steps(question, variant, budget)
+        runs = _given(question, budget) or [_train(variant, s, steps[variant.name], budget) for s in budget.seeds]
+        folders = [_folder(variant, Path(run), budget) for run in runs]
         for run, folder in zip(runs, folders, strict=True):
             _play(variant, Path(run), folder, budget)
         played[variant.name] = [str(folder) for folder in folders]
     lines = compare_variants(played)
     return write_card(name, question, lines, budget, steps, played)
+
+
+def _given(question: Question, budget: Budget) -> tuple[str, ...]:
+    return () if question.trained or question.language else budget.checkpoints
 
 
 def compare_variants(played: Mapping[str, Sequence[str]]) -> list[Line]:
@@ -222,12 +251,15 @@ def write_card(
     played: Mapping[str, Sequence[str]],
 ) -> Path:
     """Write docs/evidence/ablation_<name>.md and the JSON behind it."""
-    seeds = len(next(iter(played.values())))
+    seeds, given = len(next(iter(played.values()))), _given(question, budget)
     what = f"{seeds} training seeds, clustered by training seed and start"
     if seeds < MIN_SEEDS:
         few = "1 training seed" if seeds == 1 else f"{seeds} training seeds"
         what = f"{few}: pairs by start, McNemar exact; it speaks about what was played here, not about the method"
-    trained = f", {budget.demonstrations} demonstrations per task, {budget.steps} steps" if question.trained else ""
+    trained = (
+        f"; {budget.demonstrations} demonstrations per task, {budget.steps} steps of {budget.batch_size} observations"
+    )
+    trained = f"; {', '.join(given)}" if given else trained
     if question.equal_time:
         trained += f" of the baseline and as long for the others ({', '.join(f'{k}: {n}' for k, n in steps.items())})"
     page = [
@@ -245,7 +277,7 @@ def write_card(
     folder = {variant: list(folders) for variant, folders in played.items()}
     values = {
         "question": question.text, "variants": [asdict(v) for v in question.variants],
-        "lines": [asdict(line) for line in lines], "seeds": list(budget.seeds) if question.trained else seeds,
+        "lines": [asdict(line) for line in lines], "seeds": seeds if given else list(budget.seeds),
         "steps": dict(steps), "evaluations": folder, "fingerprint": fingerprint(),
     }  # fmt: skip
     (budget.page / f"ablation_{name}.json").write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
@@ -269,25 +301,28 @@ def _row(line: Line) -> str:
 
 
 def _command(name: str, question: Question, budget: Budget) -> str:
-    words = ["python", "-m", "benchmarks.ablations", name, "--episodes", str(budget.episodes), "--tasks", *budget.tasks]
-    if question.trained:
-        words += ["--steps", str(budget.steps), "--seeds", *map(str, budget.seeds)]
-    else:
-        words += ["--checkpoints", *budget.checkpoints]
+    words = ["python", "-m", "benchmarks.ablations", name, "--episodes", str(budget.episodes)]
+    words += [] if question.language else ["--tasks", *budget.tasks]
+    if given := _given(question, budget):
+        return shlex.join([*words, "--checkpoints", *given])
+    words += ["--steps", str(budget.steps), "--batch-size", str(budget.batch_size), "--seeds", *map(str, budget.seeds)]
     return shlex.join(words)
 
 
-def _folder(name: str, question: Question, variant: Variant, seed: int, budget: Budget) -> Path:
-    """Return where a variant's evaluation goes; questions that train nothing share what is the same."""
-    if question.trained:
-        return budget.out / name / f"{_slug(variant.name)}_{seed}"
+def _folder(variant: Variant, run: Path, budget: Budget) -> Path:
+    """Return where a variant's evaluation goes: questions share what is the same."""
     how = [*(f"{key}={value}" for key, value in variant.sampler.items()), *variant.eval]
-    return budget.out / "untrained" / f"{_slug('_'.join(how))}_{seed}"
+    return budget.out / "played" / "__".join(map(_slug, [str(run), *how]))
+
+
+def _env(budget: Budget) -> list[str]:
+    suite = "choice" if budget.tasks == LANGUAGE_TASKS else "metaworld"
+    return [f"env={suite}", f"env.tasks=[{','.join(budget.tasks)}]"]
 
 
 def _play(variant: Variant, run: Path, out: Path, budget: Budget) -> None:
     """Evaluate a variant's checkpoint; a finished evaluation is only read."""
-    overrides = [f"env.tasks=[{','.join(budget.tasks)}]", f"episodes={budget.episodes}", f"out={out}", "videos=0"]
+    overrides = [*_env(budget), f"episodes={budget.episodes}", f"out={out}", "videos=0"]
     config = compose("eval", [*overrides, f"n_envs={budget.n_envs}", *variant.eval], EvalConfig)
     try:
         policy = DitaPolicy.from_pretrained(run, config.device)
@@ -300,32 +335,47 @@ def _play(variant: Variant, run: Path, out: Path, budget: Budget) -> None:
     evaluate(policy, config, exist="resume", checkpoint=run)
 
 
-def _train(name: str, question: Question, variant: Variant, budget: Budget, steps: dict[str, int]) -> list[str]:
-    """Train a variant with every seed and return the run folders."""
-    store = budget.out / f"{len(budget.tasks)}_tasks_{budget.demonstrations}.zarr"
-    listed = f"env.tasks=[{','.join(budget.tasks)}]"
-    _dita("collect", f"out={store}", listed, f"episodes={budget.demonstrations}", "--resume")
-    recipe = _recipe(variant, budget, store)
-    steps[variant.name], baseline = budget.steps, question.variants[0]
-    if question.equal_time and variant != baseline:
-        times = [_seconds_per_step(budget, name, v, _recipe(v, budget, store)) for v in (baseline, variant)]
-        steps[variant.name] = max(1, round(budget.steps * times[0] / times[1]))
-    runs = []
-    for seed in budget.seeds:
-        run = budget.out / name / f"{_slug(variant.name)}_{seed}_train"
-        _dita("train", *recipe, f"run={run}", f"seed={seed}", f"steps={steps[variant.name]}", "--resume")
-        runs.append(str(run))
-    return runs
+def _steps(question: Question, variant: Variant, budget: Budget) -> int:
+    """Return how many steps a variant is trained."""
+    baseline = question.variants[0]
+    if not question.equal_time or variant == baseline:
+        return budget.steps
+    ours, theirs = (_seconds_per_step(v, budget) for v in (baseline, variant))
+    return max(1, round(budget.steps * ours / theirs))
 
 
-def _recipe(variant: Variant, budget: Budget, store: Path) -> list[str]:
-    return [f"experiment={budget.experiment}", f"data.stores=[{{path:{store},weight:1}}]", *variant.train]
+def _train(variant: Variant, seed: int, steps: int, budget: Budget) -> str:
+    """Train a variant with a seed and return the run folder."""
+    run = _run(variant, budget, f"{steps}_seed{seed}")
+    _dita("train", *_recipe(variant, budget), f"run={run}", f"seed={seed}", f"steps={steps}", "--resume")
+    return str(run)
 
 
-def _seconds_per_step(budget: Budget, name: str, variant: Variant, recipe: Sequence[str]) -> float:
+def _run(variant: Variant, budget: Budget, name: str) -> Path:
+    what = "__".join(map(_slug, variant.train)) or "baseline"
+    return budget.out / "trained" / f"{_tasks(budget)}_{what}_{name}"
+
+
+def _recipe(variant: Variant, budget: Budget) -> list[str]:
+    """Collect, where that was not done, and return what `dita train` is told."""
+    store = budget.out / f"{_tasks(budget)}_{budget.demonstrations}.zarr"
+    if not (store / "zarr.json").exists():
+        _dita("collect", f"out={store}", *_env(budget), f"episodes={budget.demonstrations}", "--resume")
+    size = load_embodiment(compose("eval", _env(budget), EvalConfig).env.embodiment).cameras[0].height
+    return [
+        f"experiment={budget.experiment}", f"data.stores=[{{path:{store},weight:1}}]", "threads=1",
+        f"batch_size={budget.batch_size}", f"policy.vision.image_size={size}", *variant.train,
+    ]  # fmt: skip
+
+
+def _tasks(budget: Budget) -> str:
+    return _slug("_".join(budget.tasks))
+
+
+def _seconds_per_step(variant: Variant, budget: Budget) -> float:
     """Return a variant's wall time per training step, from a short run of its own."""
-    run = budget.out / name / f"{_slug(variant.name)}_probe"
-    _dita("train", *recipe, f"run={run}", f"steps={PROBE_STEPS}", "log_every=5", "seed=0", "--resume")
+    run = _run(variant, budget, "probe")
+    _dita("train", *_recipe(variant, budget), f"run={run}", f"steps={PROBE_STEPS}", "log_every=5", "seed=0", "--resume")
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return float(np.median([row["data_s"] + row["update_s"] for row in rows[1:]]))  # the first steps warm up
 
@@ -344,15 +394,16 @@ def _slug(name: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(QUESTIONS)} (untrained ones)")
-    parser.add_argument("--trained", action="store_true", help="all questions that train their variants")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(QUESTIONS)} (all)")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="two or more")
     parser.add_argument("--episodes", type=int, default=50, help="unseen starts per task (50)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training; 3 speak about methods (0)")
-    parser.add_argument("--steps", type=int, default=600, help="of training (600, the demo's)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training (0 1 2)")
+    parser.add_argument("--steps", type=int, default=300, help="of training (300, half the demo's)")
+    parser.add_argument("--batch-size", type=int, default=32, help="of training (32, half the demo's)")
     parser.add_argument("--demonstrations", type=int, default=60, help="per task (60)")
     parser.add_argument("--experiment", default="demo", help="training recipe in configs/experiment (demo)")
-    parser.add_argument("--checkpoints", nargs="+", default=["outputs/demo/train"], help="of one per training seed")
+    parser.add_argument("--checkpoints", nargs="+", default=[], metavar="RUN",
+                        help="ask these what needs no training, one per seed (the baselines)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=OUT, help="what is trained and played")
     parser.add_argument("--page", type=Path, default=PAGE, help="folder of the cards")
     parser.add_argument("--n-envs", type=int, default=6, help="simulators; results do not depend on it")
@@ -362,10 +413,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(args.tasks) < 2:
         parser.error("an answer from one task is an answer about that task; name two or more")
     budget = Budget(
-        tuple(args.tasks), args.episodes, tuple(args.seeds), args.steps, args.demonstrations, args.experiment,
-        tuple(args.checkpoints), args.out, args.page, args.n_envs,
+        tuple(args.tasks), args.episodes, tuple(args.seeds), args.steps, args.batch_size, args.demonstrations,
+        args.experiment, tuple(args.checkpoints), args.out, args.page, args.n_envs,
     )  # fmt: skip
-    for name in args.questions or [q for q, about in QUESTIONS.items() if about.trained == args.trained]:
+    for name in args.questions or QUESTIONS:
         print(answer(name, budget).read_text(), flush=True)
     return 0
 

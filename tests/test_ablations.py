@@ -15,8 +15,8 @@ from dita.config import EvalConfig, TrainConfig
 
 def budget(tmp_path: Path, **changes) -> Budget:
     values = {
-        "tasks": TASKS, "episodes": 40, "seeds": (0,), "steps": 600, "demonstrations": 60, "experiment": "demo",
-        "checkpoints": ("outputs/demo/train",), "out": tmp_path / "out", "page": tmp_path / "page", "n_envs": 2,
+        "tasks": TASKS, "episodes": 40, "seeds": (0,), "steps": 600, "batch_size": 64, "demonstrations": 60,
+        "experiment": "demo", "checkpoints": (), "out": tmp_path / "out", "page": tmp_path / "page", "n_envs": 2,
     }  # fmt: skip
     return Budget(**(values | changes))
 
@@ -63,51 +63,84 @@ def test_every_variant_is_made_of_keys_that_exist(name):
         compose("eval", variant.eval, EvalConfig)
         config = compose("train", ["experiment=demo", *variant.train], TrainConfig)
         assert set(variant.sampler) <= set(vars(config.diffusion))
-        assert question.trained or not variant.train
     assert len({(v.eval, v.train, str(v.sampler)) for v in question.variants}) == len(question.variants)
+    first = question.variants[0]
+    assert first.train == () and first.sampler == {}  # what we ship
 
 
-def test_a_card_is_written_from_what_was_trained_and_played(tmp_path, monkeypatch):
+def option(words: tuple[str, ...], key: str) -> str:
+    return next(w for w in words if w.startswith(f"{key}="))[len(key) + 1 :]
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """Commands that would have been given, and (variant, run folder, evaluation) that would have been played."""
     commands, plays = [], []
 
     def dita(*words: str) -> None:
         commands.append(words)
-        if words[0] == "train" and "log_every=5" in words:
-            run = Path(next(w for w in words if w.startswith("run="))[4:])
+        if "log_every=5" in words:  # a probe of speed: K = 8 takes twice as long
+            run = Path(option(words, "run"))
             run.mkdir(parents=True, exist_ok=True)
             update = 0.4 if "noise_samples_per_context=8" in words else 0.2
             rows = [{"step": 5, "data_s": 9.0, "update_s": 9.0}, {"step": 10, "data_s": 0.0, "update_s": update}]
             (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def play(variant, run, out, budget) -> None:
-        plays.append((variant.name, str(run)))
-        played(out, 60 if variant.name == "K = 4" else 30)
+        plays.append((variant.name, run, out))
+        if not out.exists():
+            played(out, 60 if variant.name in ("K = 4", "leading") else 30)
 
     monkeypatch.setattr(ablations, "_dita", dita)
     monkeypatch.setattr(ablations, "_play", play)
+    return commands, plays
+
+
+def test_a_card_is_written_from_what_was_trained_and_played(tmp_path, done):
+    commands, plays = done
     card = answer("noise_samples", budget(tmp_path)).read_text()
-    trained = {words[4]: words[-2] for words in commands if words[0] == "train" and "--resume" in words and
-               "log_every=5" not in words}  # fmt: skip
-    run = tmp_path / "out" / "noise_samples"
-    assert trained == {
-        f"run={run}/K___4_0_train": "steps=600", f"run={run}/K___1_0_train": "steps=600",
-        f"run={run}/K___8_0_train": "steps=300",  # half as many of twice the time
+    trained = [words for words in commands if words[0] == "train" and "log_every=5" not in words]
+    samples = [next((w[-1] for w in words if w.startswith("noise_samples")), "4") for words in trained]
+    # K = 8 takes twice as long, so it gets half as many steps
+    assert dict(zip(samples, [option(words, "steps") for words in trained], strict=True)) == {
+        "4": "600", "1": "600", "8": "300",
     }  # fmt: skip
-    assert plays == [(f"K = {k}", f"{run}/K___{k}_0_train") for k in (4, 1, 8)]
+    assert [(name, str(run)) for name, run, _ in plays] == [
+        (f"K = {k}", option(words, "run")) for k, words in zip((4, 1, 8), trained, strict=True)
+    ]
     assert "**Verdict: K = 1: hurts; K = 8: hurts**" in card and "K = 4: 600, K = 1: 600, K = 8: 300" in card
-    assert "| K = 8 | 30/80 | 27.7% .. 48.5% | -37.5% |" in card and "--steps 600 --seeds 0" in card
+    assert "| K = 8 | 30/80 | 27.7% .. 48.5% | -37.5% |" in card and "--steps 600 --batch-size 64 --seeds 0" in card
     values = json.loads((tmp_path / "page" / "ablation_noise_samples.json").read_text())
     assert values["lines"][1]["verdict"] == "hurts" and values["fingerprint"]["versions"]["torch"]
 
 
-def test_questions_without_training_share_what_is_the_same(tmp_path, monkeypatch):
-    plays = []
-    monkeypatch.setattr(ablations, "_play", lambda variant, run, out, budget: plays.append(out))
-    monkeypatch.setattr(ablations, "compare_variants", lambda played: [])
-    monkeypatch.setattr(ablations, "_dita", lambda *words: pytest.fail("nothing is trained"))
-    for name in ("n_action_steps", "ensembling"):
-        answer(name, budget(tmp_path))
-    assert plays.count(tmp_path / "out" / "untrained" / "n_action_steps_1_0") == 2 and len(set(plays)) == 6
+def test_questions_share_what_is_the_same(tmp_path, done):
+    commands, plays = done
+    for name in ("n_action_steps", "ensembling", "state_tokens", "frames"):
+        answer(name, budget(tmp_path, seeds=(0, 1)))
+    runs = {option(words, "run") for words in commands if words[0] == "train"}
+    assert len(runs) == 2 * (1 + 1 + 2)  # baseline, no state, 1 and 4 frames; of two seeds each
+    outs = [out for *_, out in plays]
+    assert len(set(outs)) == 2 * (4 + 2 + 1 + 2) and len(outs) == 2 * (4 + 3 + 2 + 3)
+
+
+def test_a_checkpoint_that_is_there_is_asked_what_needs_no_training(tmp_path, done):
+    commands, plays = done
+    given = budget(tmp_path, checkpoints=("outputs/demo/train",))
+    card = answer("spacing", given).read_text()
+    assert not commands and {run for _, run, _ in plays} == {Path("outputs/demo/train")}
+    assert "--checkpoints outputs/demo/train" in card and "--steps" not in card
+    answer("state_tokens", given)
+    assert [words[0] for words in commands].count("train") == 2 and len(plays) == 4
+
+
+def test_language_is_asked_where_the_sentence_decides(tmp_path, done):
+    commands, _ = done
+    card = answer("language", budget(tmp_path, checkpoints=("outputs/demo/train",))).read_text()
+    collect, trained = commands[0], [words for words in commands if words[0] == "train"]
+    assert "env=choice" in collect and option(collect, "env.tasks") == "[touch-red,touch-green,touch-blue]"
+    assert {option(words, "policy.vision.image_size") for words in trained} == {"64"}  # of its camera
+    assert "Tasks touch-red, touch-green, touch-blue" in card and "--tasks" not in card
 
 
 def test_what_does_not_exist_is_refused(capsys):
