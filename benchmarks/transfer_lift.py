@@ -3,14 +3,16 @@ Meta-World's Sawyer and Fetch), hold the IIWA out, finetune it with 1, 5, 10 and
 
     make transfer-lift                                    # everything: a day on two idle cores; resumes
     python -m benchmarks.transfer_lift --budget-minutes 60   # as far as that goes
+    python -m benchmarks.transfer_lift --seeds 1 --threads 1   # one of several beside each other, after the calibration
     python -m benchmarks.transfer_lift --list             # what is done and what is missing
     python -m benchmarks.transfer_lift --report           # only write the page from what is there
 
 Every arm goes through `dita finetune` with the same steps, and differs only in the checkpoint it starts from: from
-scratch is a checkpoint of random weights with the demonstrations' own statistics. One JSON per cell, breadth first: the
-first cells are seed 0, subset 0 of every arm. Nothing is chosen by looking at the IIWA but by the calibration, which
-sees from-scratch only; learning rates are chosen on the UR5e, held out of a pretraining of its own (`--leave-one-out`,
-before the first cell; else they are those of RATES). A budget stops what runs, and the next call continues it.
+scratch is a checkpoint of random weights with the demonstrations' own statistics. One JSON per cell, what decides most
+first: 10 demonstrations, from scratch and full, of every seed and subset. Nothing is chosen by looking at the IIWA but
+by the calibration, which sees from-scratch only; learning rates are chosen on the UR5e, held out of a pretraining of
+its own (`--leave-one-out`, before the first cell; else they are those of RATES). A budget stops what runs, and the next
+call continues it.
 """
 
 from __future__ import annotations
@@ -87,17 +89,25 @@ CONTROLS = tuple(ARMS)[3:]
 
 
 def cells() -> list[Cell]:
-    """Return every cell, breadth first: all arms of a (seed, subset) before the next one."""
+    """Return every cell, what decides most first: 10 shots of from-scratch and full, then everything of a subset."""
     found = []
     for subset in SUBSETS:
         for seed in SEEDS:
-            for shots in (10, 5, 20, 1):  # 10 first: it decides most
+            for shots in SHOTS:
                 found.append(Cell("scratch", "full", shots, seed, subset))
                 found += [Cell("pretrained", method, shots, seed, subset) for method in METHODS]
             if subset == 0:
                 found.append(Cell("zero_shot", "full", 0, seed, subset))
             found += [Cell(arm, "full", 10, seed, subset) for arm in CONTROLS]
-    return found
+    return sorted(found, key=_turn)
+
+
+def _turn(cell: Cell) -> tuple[int, ...]:
+    """Return when a cell's turn is: lower goes first."""
+    full = cell.arm in ("scratch", "pretrained", "zero_shot") and cell.method == "full"
+    if full and cell.shots == 10:
+        return 0, cell.subset, cell.seed
+    return 1, cell.subset, 0 if full else 1 if cell.arm == "pretrained" else 2, cell.seed
 
 
 # ---- steps: each leaves a file or folder and is skipped when it is there
@@ -107,16 +117,17 @@ class BudgetOver(Exception):
     """The time is over; every step continues where it was stopped."""
 
 
-class Clock:
-    """How much of the budget is left."""
+class Given:
+    """What the command line gives every step."""
 
-    end = float("inf")
+    end = float("inf")  # of the budget, by time.monotonic
+    threads = 0  # of a training; 0: all cores
 
 
 def dita(*words: str) -> None:
     """Run a command of `dita`; when the budget is over, stop it as Ctrl-C would, so that it saves and can resume."""
     print("$ dita", *words, flush=True)
-    left = Clock.end - time.monotonic()
+    left = Given.end - time.monotonic()
     if left <= 0:
         raise BudgetOver
     process = subprocess.Popen([sys.executable, "-m", "dita.cli", *words], cwd=ROOT)
@@ -224,6 +235,7 @@ def pretrain(kind: str, seed: int, leave_out: str | None = None) -> Path:
         listed = ",".join(f"{{path:{s},weight:{1 if s.stem.split('_')[0] in OTHERS else 2}}}" for s in data)
         more = ["policy.state_dim=17", "policy.action_dim=8"] if joint else []
         words = ["experiment=transfer_lift", f"data.stores=[{listed}]", f"run={run}", f"seed={seed}", *more]
+        words += [f"threads={Given.threads}"]
         dita("train", *words, "--resume")
     (ROOT / run / "done").touch()
     return run
@@ -258,6 +270,7 @@ def finetune(cell: Cell, run: Path, steps: int, lr: float, robot: str = TARGET) 
         "finetune", str(checkpoint), f"data.stores=[{data}]", f"run={run}", f"shots={cell.shots}", f"steps={steps}",
         f"shots_seed={cell.subset}", f"seed={cell.seed}", f"method={cell.method}", f"statistics={statistics}",
         f"optim.lr={lr}", "batch_size=32", "augment.shift=3", "save_every=200", "keep_last=1", "replay=false",
+        f"threads={Given.threads}",
         "--overwrite" if cell.shots == 0 else "--resume",
     )  # fmt: skip
 
@@ -449,16 +462,18 @@ def main() -> None:
         "--budget-minutes", type=float, default=float("inf"), help="stop after that; run again to go on"
     )
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="*", type=int, choices=SEEDS, default=list(SEEDS))
+    parser.add_argument("--threads", type=int, default=0, help="of a training; 0: all cores")
     parser.add_argument("--leave-one-out", action="store_true", help="choose learning rates on the UR5e, held out")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing")
     parser.add_argument("--report", action="store_true", help="only write the page")
     args = parser.parse_args()
     done = {Cell(**r["cell"]) for r in results(KEPT)}
-    missing = [c for c in cells() if c not in done and c.arm in args.arms]
+    missing = [c for c in cells() if c not in done and c.arm in args.arms and c.seed in args.seeds]
     if args.list:
         print(f"{len(done)} cells are done, {len(missing)} are missing; next: {missing[0].name if missing else '-'}")
         return
-    Clock.end = time.monotonic() + 60 * args.budget_minutes
+    Given.end, Given.threads = time.monotonic() + 60 * args.budget_minutes, args.threads
     try:
         if not args.report:
             run_missing(missing, args.leave_one_out)

@@ -18,14 +18,19 @@ from dita.normalize import fit
 from dita.preprocess import Contract, extend_contract
 
 
-def test_the_cells_are_the_experiment_and_breadth_first() -> None:
+def test_the_cells_are_the_experiment_and_what_decides_most_goes_first() -> None:
     found = lift.cells()
     assert len(set(found)) == len(found) == len({c.name for c in found})
     counts = Counter(c.arm for c in found)
     assert counts["pretrained"] == 4 * 3 * 3 * 5 and counts["scratch"] == 4 * 3 * 5 and counts["zero_shot"] == 3
     assert all(counts[arm] == 15 for arm in lift.CONTROLS) and len(lift.CONTROLS) == 8
-    first = found[: 4 * (1 + 3) + 1 + 8]
-    assert {c.arm for c in first} == set(lift.ARMS) and {(c.seed, c.subset) for c in first} == {(0, 0)}
+    first = found[: 2 * 3 * 5]
+    assert {(c.arm, c.method, c.shots) for c in first} == {("scratch", "full", 10), ("pretrained", "full", 10)}
+    # three seeds, which a comparison of methods needs, are done before the next subset begins
+    assert [c.subset for c in first] == [k for k in range(5) for _ in range(6)]
+    then = found[len(first) : len(first) + 3 * (6 + 1 + 8 + 8)]
+    assert {c.arm for c in then} == set(lift.ARMS) and {c.subset for c in then} == {0}
+    assert all(c.method == "full" for c in then[:21]) and {c.arm for c in then[-24:]} == set(lift.CONTROLS)
 
 
 def result(cell: lift.Cell, outcomes: list[bool]) -> dict:
@@ -52,7 +57,7 @@ def test_the_page_says_what_was_measured_and_no_more(tmp_path) -> None:
 
 
 def test_a_budget_stops_what_runs(monkeypatch) -> None:
-    monkeypatch.setattr(lift.Clock, "end", lift.time.monotonic() + 1.0)
+    monkeypatch.setattr(lift.Given, "end", lift.time.monotonic() + 1.0)
     monkeypatch.setattr(sys, "executable", "/bin/sleep")
     ran = []
 
