@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench evidence evidence-doctor evidence-preflight evidence-store ablations chaos mutation soak soak-core peers evidence-train transfer-lift
+.PHONY: demo test lint bench evidence evidence-doctor evidence-experts evidence-preflight evidence-store ablations chaos mutation soak soak-core peers evidence-train transfer-lift
 MINUTES ?= 30
 REPEAT ?= 20
 
@@ -30,6 +30,10 @@ evidence: $(VENV)/.installed  ## hours: three training seeds, baselines, multita
 
 evidence-doctor: $(VENV)/.installed  ## minutes: precision and recall of the doctor; writes docs/evidence/doctor.md
 	@$(BIN)/python benchmarks/doctor.py
+
+evidence-experts: $(VENV)/.installed  ## minutes: how often each scripted expert solves its task, by noise; writes docs/evidence/experts.md
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[sim]'
+	@$(BIN)/python -m benchmarks.experts
 
 evidence-preflight: $(VENV)/.installed  ## minutes: which mistakes preflight names; writes docs/evidence/preflight.md
 	@$(BIN)/python benchmarks/preflight.py

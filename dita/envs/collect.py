@@ -69,19 +69,11 @@ def demonstrate(env: RobotEnv, seed: int, action_noise: float) -> Episode | None
             correlated over NOISE_STEPS, so that the hand really leaves the expert's path and the store shows the way
             back; independent noise would average out.
     """
-    rng = np.random.default_rng([seed, NOISE])
-    std = action_noise * _noise_range(env.embodiment)
-    keep = np.exp(-1 / NOISE_STEPS)
-    noise = std * rng.standard_normal(len(std))
     observations: list[RawObservation] = []
     actions: list[Float32[np.ndarray, "a"]] = []
-    left = HOLD_STEPS
-    while left > 0 and env.steps < env.max_steps:
+    for action in drive(env, seed, action_noise):
         observations.append(env.observe())
-        actions.append(env.expert_action())
-        env.step((actions[-1] + noise).astype(np.float32))
-        noise = keep * noise + np.sqrt(1 - keep**2) * std * rng.standard_normal(len(std))
-        left -= env.success
+        actions.append(action)
     if not env.success or env.warnings():
         return None
     return Episode(
@@ -93,6 +85,24 @@ def demonstrate(env: RobotEnv, seed: int, action_noise: float) -> Episode | None
         success=True,
         source=source_of(env.suite, env.task, seed),
     )
+
+
+def drive(env: RobotEnv, seed: int, action_noise: float) -> Iterator[Float32[np.ndarray, "a"]]:
+    """Yield the expert's clean action of each control step, which is then executed with noise; see `demonstrate`.
+
+    Ends HOLD_STEPS after success, or at `env.max_steps`.
+    """
+    rng = np.random.default_rng([seed, NOISE])
+    std = action_noise * _noise_range(env.embodiment)
+    keep = np.exp(-1 / NOISE_STEPS)
+    noise = std * rng.standard_normal(len(std))
+    left = HOLD_STEPS
+    while left > 0 and env.steps < env.max_steps:
+        action = env.expert_action()
+        yield action
+        env.step((action + noise).astype(np.float32))
+        noise = keep * noise + np.sqrt(1 - keep**2) * std * rng.standard_normal(len(std))
+        left -= env.success
 
 
 def collect(config: CollectConfig, *, exist: Literal["error", "resume", "overwrite"]) -> None:
