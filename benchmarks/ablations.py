@@ -170,7 +170,9 @@ class Line:
     successes: int
     episodes: int
     interval: tuple[float, float]
-    difference: float | None  # to the baseline, which has none
+    gained: int | None  # starts that it solves and the baseline, which has none of these, does not
+    lost: int | None
+    difference: float | None
     difference_interval: tuple[float, float] | None
     p: float | None
     p_holm: float | None
@@ -218,8 +220,8 @@ def compare_variants(played: Mapping[str, Sequence[str]]) -> list[Line]:
     wins = {name: np.array([[run[k][1] for k in keys] for run in runs], bool) for name, runs in found.items()}
     differences = {name: _difference(wins[first], wins[name]) for name, _ in others}
     adjusted = holm({name: p for name, (_, _, p) in differences.items()})
-    lines = [_line(first, wins[first], None, None)]
-    return lines + [_line(name, wins[name], differences[name], adjusted[name]) for name, _ in others]
+    lines = [_line(first, wins[first], wins[first], None, None)]
+    return lines + [_line(name, wins[first], wins[name], differences[name], adjusted[name]) for name, _ in others]
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[float, float], float]:
@@ -232,14 +234,19 @@ def _difference(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[float, float
 
 
 def _line(
-    name: str, wins: np.ndarray, difference: tuple[float, tuple[float, float], float] | None, p_holm: float | None
+    name: str,
+    baseline: np.ndarray,
+    wins: np.ndarray,
+    difference: tuple[float, tuple[float, float], float] | None,
+    p_holm: float | None,
 ) -> Line:
     r = rate(wins.ravel().tolist())
     if difference is None or p_holm is None:
-        return Line(name, r.successes, r.episodes, r.interval, None, None, None, None, "baseline")
+        return Line(name, r.successes, r.episodes, r.interval, None, None, None, None, None, None, "baseline")
     value, interval, p = difference
     verdict = "no detectable effect" if p_holm > 1 - LEVEL else "works" if value > 0 else "hurts"
-    return Line(name, r.successes, r.episodes, r.interval, value, interval, p, p_holm, verdict)
+    gained, lost = int((wins & ~baseline).sum()), int((baseline & ~wins).sum())
+    return Line(name, r.successes, r.episodes, r.interval, gained, lost, value, interval, p, p_holm, verdict)
 
 
 def write_card(
@@ -267,8 +274,8 @@ def write_card(
         f"    {_command(name, question, budget)}", "",
         f"Tasks {', '.join(budget.tasks)}; {budget.episodes} unseen starts each, the same for all{trained}.", "",
         f"{what[0].upper()}{what[1:]}.", "",
-        "| variant | success | 95 % interval | against the first | 95 % interval | p | p (Holm) | verdict |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | success | 95 % interval | won, lost | against the first | 95 % interval | p | p (Holm) | verdict |",
+        "|---|---|---|---|---|---|---|---|---|",
         *(_row(line) for line in lines), "",
         f"**Verdict: {_verdict(lines)}**", "",
         "A null result says what so many pairs could have seen: read the interval of the difference.", "",
@@ -294,9 +301,15 @@ def _row(line: Line) -> str:
     low, high = line.interval
     cells = [line.name, f"{line.successes}/{line.episodes}", f"{low:.1%} .. {high:.1%}"]
     if line.difference is None or line.difference_interval is None:
-        return f"| {' | '.join([*cells, '', '', '', '', line.verdict])} |"
+        return f"| {' | '.join([*cells, '', '', '', '', '', line.verdict])} |"
     low, high = line.difference_interval
-    cells += [f"{line.difference:+.1%}", f"{low:+.1%} .. {high:+.1%}", f"{line.p:.3g}", f"{line.p_holm:.3g}"]
+    cells += [
+        f"+{line.gained} -{line.lost}",
+        f"{line.difference:+.1%}",
+        f"{low:+.1%} .. {high:+.1%}",
+        f"{line.p:.3g}",
+        f"{line.p_holm:.3g}",
+    ]
     return f"| {' | '.join([*cells, line.verdict])} |"
 
 
@@ -347,7 +360,8 @@ def _steps(question: Question, variant: Variant, budget: Budget) -> int:
 def _train(variant: Variant, seed: int, steps: int, budget: Budget) -> str:
     """Train a variant with a seed and return the run folder."""
     run = _run(variant, budget, f"{steps}_seed{seed}")
-    _dita("train", *_recipe(variant, budget), f"run={run}", f"seed={seed}", f"steps={steps}", "--resume")
+    if not (run / "checkpoints" / f"{steps:07d}" / "train" / "manifest.json").exists():
+        _dita("train", *_recipe(variant, budget), f"run={run}", f"seed={seed}", f"steps={steps}", "--resume")
     return str(run)
 
 

@@ -39,6 +39,7 @@ def test_verdicts_follow_from_pairs_and_are_corrected_for_asking_twice(tmp_path)
     little = lines[3]
     assert little.p is not None and little.p_holm is not None and little.p < 0.05 < little.p_holm  # 6 to 0 of 4 asked
     assert (little.successes, little.episodes, little.difference) == (54, 80, -6 / 80)
+    assert (little.gained, little.lost, lines[1].gained, lines[1].lost) == (0, 6, 20, 0)
     assert lines[0].difference is None and lines[0].interval == pytest.approx((0.645, 0.831), abs=1e-3)
 
 
@@ -109,7 +110,10 @@ def test_a_card_is_written_from_what_was_trained_and_played(tmp_path, done):
         (f"K = {k}", option(words, "run")) for k, words in zip((4, 1, 8), trained, strict=True)
     ]
     assert "**Verdict: K = 1: hurts; K = 8: hurts**" in card and "K = 4: 600, K = 1: 600, K = 8: 300" in card
-    assert "| K = 8 | 30/80 | 27.7% .. 48.5% | -37.5% |" in card and "--steps 600 --batch-size 64 --seeds 0" in card
+    assert (
+        "| K = 8 | 30/80 | 27.7% .. 48.5% | +0 -30 | -37.5% |" in card
+        and "--steps 600 --batch-size 64 --seeds 0" in card
+    )
     values = json.loads((tmp_path / "page" / "ablation_noise_samples.json").read_text())
     assert values["lines"][1]["verdict"] == "hurts" and values["fingerprint"]["versions"]["torch"]
 
@@ -122,6 +126,18 @@ def test_questions_share_what_is_the_same(tmp_path, done):
     assert len(runs) == 2 * (1 + 1 + 2)  # baseline, no state, 1 and 4 frames; of two seeds each
     outs = [out for *_, out in plays]
     assert len(set(outs)) == 2 * (4 + 2 + 1 + 2) and len(outs) == 2 * (4 + 3 + 2 + 3)
+
+
+def test_what_is_trained_is_not_begun_again(tmp_path, done):
+    commands, _ = done
+    answer("state_tokens", budget(tmp_path))
+    for run in {option(words, "run") for words in commands if words[0] == "train"}:
+        manifest = Path(run) / "checkpoints" / "0000600" / "train" / "manifest.json"
+        manifest.parent.mkdir(parents=True)
+        manifest.touch()
+    commands.clear()
+    answer("state_tokens", budget(tmp_path))
+    assert [words[0] for words in commands if words[0] == "train"] == []
 
 
 def test_a_checkpoint_that_is_there_is_asked_what_needs_no_training(tmp_path, done):
