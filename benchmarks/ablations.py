@@ -274,7 +274,7 @@ def write_card(
         f"    {_command(name, question, budget)}", "",
         f"Tasks {', '.join(budget.tasks)}; {budget.episodes} unseen starts each, the same for all{trained}.", "",
         f"{what[0].upper()}{what[1:]}.", "",
-        "| variant | success | 95 % interval | won, lost | against the first | 95 % interval | p | p (Holm) | verdict |",
+        "| variant | success | 95 % | won, lost | against the first | 95 % interval | p | p (Holm) | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
         *(_row(line) for line in lines), "",
         f"**Verdict: {_verdict(lines)}**", "",
