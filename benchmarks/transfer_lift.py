@@ -3,16 +3,15 @@ Meta-World's Sawyer and Fetch), hold the IIWA out, finetune it with 1, 5, 10 and
 
     make transfer-lift                                    # everything: a day on two idle cores; resumes
     python -m benchmarks.transfer_lift --budget-minutes 60   # as far as that goes
-    python -m benchmarks.transfer_lift --seeds 1 --threads 1   # one of several beside each other, after the calibration
+    python -m benchmarks.transfer_lift --seeds 1 --threads 1   # one of several beside each other, after the rates
     python -m benchmarks.transfer_lift --list             # what is done and what is missing
     python -m benchmarks.transfer_lift --report           # only write the page from what is there
 
 Every arm goes through `dita finetune` with the same steps, and differs only in the checkpoint it starts from: from
 scratch is a checkpoint of random weights with the demonstrations' own statistics. One JSON per cell, what decides most
 first: 10 demonstrations, from scratch and full, of every seed and subset. Nothing is chosen by looking at the IIWA but
-by the calibration, which sees from-scratch only; learning rates are chosen on the UR5e, held out of a pretraining of
-its own (`--leave-one-out`, before the first cell; else they are those of RATES). A budget stops what runs, and the next
-call continues it.
+by the calibration, which sees from-scratch only; learning rates are chosen before the first cell on the UR5e, held out
+of a pretraining of its own. A budget stops what runs, and the next call continues it.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ WANTED = (0.2, 0.7)  # of from-scratch with 10, or the comparison has no room
 # tried in this order: finetuning steps, and control steps until a start counts as failed
 DIFFICULTIES = ((400, 200), (800, 200), (400, 100), (200, 100), (1600, 200))
 EFFECT = 0.1  # smallest difference of rates that matters, declared beforehand
-RATES = {"full": 3.0e-4, "lora": 1.0e-3, "head": 1.0e-3, "scratch": 1.0e-3}
-TRIED = (1.0e-4, 3.0e-4, 1.0e-3, 3.0e-3)
+CALIBRATION_RATE = 1.0e-3
+TRIED = (3.0e-4, 1.0e-3, 3.0e-3)  # learning rates
 PRETRAINING_STEPS = 3000  # configs/experiment/transfer_lift.yaml
 
 
@@ -285,14 +284,13 @@ def play(cell: Cell, run: Path, out: Path, starts: int, max_steps: int, robot: s
     return json.loads((ROOT / out / "eval_info.json").read_text())
 
 
-def run_cell(cell: Cell, difficulty: tuple[int, int], starts: int = STARTS, folder: str = "cells") -> dict:
+def run_cell(cell: Cell, difficulty: tuple[int, int], lr: float, starts: int = STARTS, folder: str = "cells") -> dict:
     """Do one cell and keep its result; what it trained is deleted."""
     steps, max_steps = difficulty
     kept = (KEPT if folder == "cells" else ROOT / OUT / folder) / f"{cell.name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
     began, run, out = time.monotonic(), OUT / folder / cell.name, OUT / folder / f"{cell.name}_eval"
-    lr = rates()["scratch" if "scratch" in cell.arm else cell.method]
     finetune(cell, run, steps, lr)
     info = play(cell, run, out, starts, max_steps)
     episodes = [json.loads(line) for line in (ROOT / out / "episodes.jsonl").read_text().splitlines()]
@@ -317,7 +315,7 @@ def calibrate(starts: int = 50) -> tuple[int, int] | None:
         if found is None:
             steps, max_steps = difficulty
             cell = Cell("scratch", "full", 10, 0, 0)
-            result = run_cell(cell, difficulty, starts, f"calibration_{steps}_{max_steps}")
+            result = run_cell(cell, difficulty, CALIBRATION_RATE, starts, f"calibration_{steps}_{max_steps}")
             found = {"steps": steps, "max_steps": max_steps, "successes": result["successes"], "starts": starts}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps([*tried, found], indent=1))
@@ -327,35 +325,30 @@ def calibrate(starts: int = 50) -> tuple[int, int] | None:
     return None
 
 
-def rates() -> dict[str, float]:
-    """Return the learning rates, which the first cell fixes."""
-    path = KEPT / "learning_rates.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(RATES, indent=1))
-    return json.loads(path.read_text())
+def rates(difficulty: tuple[int, int], robot: str = "ur5e", starts: int = 50) -> dict[str, float]:
+    """Choose the learning rate of from-scratch and of each method on an arm that its own pretraining did not see.
 
-
-def leave_one_out(difficulty: tuple[int, int], robot: str = "ur5e") -> None:
-    """Choose the learning rates on a pretraining arm that its own pretraining did not see.
-
-    Raises:
-        SystemExit: they are fixed already.
+    The first of those that solve most; what was tried is kept in learning_rates.json.
     """
-    if (KEPT / "learning_rates.json").exists():
-        raise SystemExit(f"{KEPT / 'learning_rates.json'}: the learning rates are fixed; cells were run with them")
-    best, steps = {}, difficulty[0]
+    path = KEPT / "learning_rates.json"
+    tried = json.loads(path.read_text()) if path.exists() else []
     for name, arm, method in (("scratch", "scratch", "full"), *((m, "pretrained", m) for m in METHODS)):
-        found = {}
         for lr in TRIED:
-            run = OUT / "rates" / f"{name}_{lr:g}"
-            finetune(Cell(arm, method, 10, 0, 0), run, steps, lr, robot)
-            info = play(Cell(arm, method, 10, 0, 0), run, run.with_name(f"{run.name}_eval"), 50, difficulty[1], robot)
-            found[lr] = info["pooled"]["success_rate"]
-        print(f"{name}: {found}", flush=True)
-        best[name] = max(found, key=lambda lr: found[lr])
-    KEPT.mkdir(parents=True, exist_ok=True)
-    (KEPT / "learning_rates.json").write_text(json.dumps(best, indent=1))
+            if any((t["name"], t["lr"]) == (name, lr) for t in tried):
+                continue
+            run, cell = OUT / "rates" / f"{name}_{lr:g}", Cell(arm, method, 10, 0, 0)
+            finetune(cell, run, difficulty[0], lr, robot)
+            info = play(cell, run, run.with_name(f"{run.name}_eval"), starts, difficulty[1], robot)
+            tried.append({"name": name, "lr": lr, "successes": info["pooled"]["successes"], "starts": starts})
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(tried, indent=1))
+    return best_rates(tried)
+
+
+def best_rates(tried: Sequence[dict]) -> dict[str, float]:
+    """Return the rate that solved most, by name; of equals the lowest."""
+    ranked = sorted(tried, key=lambda t: (-t["successes"], t["lr"]))
+    return {t["name"]: t["lr"] for t in reversed(ranked)}
 
 
 # ---- what came out
@@ -376,12 +369,17 @@ def groups(done: Sequence[dict]) -> dict[tuple[str, str, int], list[list[list[bo
     return {key: [by_seed[s] for s in sorted(by_seed)] for key, by_seed in sorted(found.items())}
 
 
-def page(done: Sequence[dict]) -> str:
-    """Return the Markdown page of the cells that are done; the others are counted as missing."""
+def page(done: Sequence[dict], before: Sequence[str] = ()) -> str:
+    """Return the Markdown page of the cells that are done; the others are counted as missing.
+
+    Args:
+        before: paragraphs about what was fixed before the first cell.
+    """
     lines = ["# Ten-shot transfer: robosuite Lift on a held-out IIWA", ""]
     lines += [f"{len(done)} of {len(cells())} cells are measured; `make transfer-lift` continues.", ""]
+    lines += [line for paragraph in before for line in (paragraph, "")]
     if not done:
-        return "\n".join([*lines, "Nothing has been measured yet, so nothing is claimed."]) + "\n"
+        return "\n".join([*lines, "No cell has been measured yet, so nothing is claimed."]) + "\n"
     lines += ["Rates over unseen starts; 95 % intervals by a hierarchical bootstrap over training seeds, demonstration",
               "subsets and starts. With one seed or subset the interval leaves their spread out.", "",
               "| arm | method | shots | seeds | subsets | starts | success | 95 % interval |",
@@ -395,6 +393,22 @@ def page(done: Sequence[dict]) -> str:
         lines.append(f"| {arm} | {method} | {shots} | {numbers} |")
     lines += ["", *_differences(found)]
     return "\n".join(lines) + "\n"
+
+
+def fixed_before(folder: Path) -> list[str]:
+    """Say how difficulty and learning rates were chosen, from their files."""
+    paths = {name: folder / f"{name}.json" for name in ("calibration", "learning_rates")}
+    found = {name: json.loads(path.read_text()) if path.exists() else [] for name, path in paths.items()}
+    lines = [
+        f"Difficulty: {t['steps']} finetuning steps and {t['max_steps']} control steps; from scratch with 10 "
+        f"demonstrations of the IIWA (rate {CALIBRATION_RATE:g}): {t['successes']}/{t['starts']}."
+        for t in found["calibration"]
+    ]
+    tried = [f"{t['name']} {t['lr']:g}: {t['successes']}/{t['starts']}" for t in found["learning_rates"]]
+    chosen = ", ".join(f"{name} {lr:g}" for name, lr in best_rates(found["learning_rates"]).items())
+    if tried:
+        lines.append(f"Learning rates, tried on the UR5e held out: {'; '.join(tried)}. Best so far: {chosen}.")
+    return lines
 
 
 def _differences(found: dict[tuple[str, str, int], list[list[list[bool]]]]) -> Iterator[str]:
@@ -450,7 +464,7 @@ def write_report() -> None:
     """Write page and plot."""
     done = results(KEPT)
     KEPT.mkdir(parents=True, exist_ok=True)
-    (KEPT.parent / "transfer_lift.md").write_text(page(done))
+    (KEPT.parent / "transfer_lift.md").write_text(page(done, fixed_before(KEPT)))
     if done:
         plot(done, KEPT.parent / "transfer_lift.png")
 
@@ -464,7 +478,6 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="*", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=0, help="of a training; 0: all cores")
-    parser.add_argument("--leave-one-out", action="store_true", help="choose learning rates on the UR5e, held out")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing")
     parser.add_argument("--report", action="store_true", help="only write the page")
     args = parser.parse_args()
@@ -476,14 +489,14 @@ def main() -> None:
     Given.end, Given.threads = time.monotonic() + 60 * args.budget_minutes, args.threads
     try:
         if not args.report:
-            run_missing(missing, args.leave_one_out)
+            run_missing(missing)
     except BudgetOver:
         print("the budget is over; the same command continues")
     write_report()
 
 
-def run_missing(missing: Sequence[Cell], rates_first: bool) -> None:
-    """Calibrate, then run cells.
+def run_missing(missing: Sequence[Cell]) -> None:
+    """Calibrate, choose learning rates, then run cells.
 
     Raises:
         BudgetOver: there is no time left.
@@ -492,10 +505,9 @@ def run_missing(missing: Sequence[Cell], rates_first: bool) -> None:
     difficulty = calibrate()
     if difficulty is None:
         raise SystemExit(f"no difficulty of {DIFFICULTIES} has from-scratch with 10 at 20 to 70 %: see {KEPT}")
-    if rates_first:
-        leave_one_out(difficulty)
+    lr = rates(difficulty)
     for cell in missing:
-        run_cell(cell, difficulty)
+        run_cell(cell, difficulty, lr["scratch" if "scratch" in cell.arm else cell.method])
 
 
 if __name__ == "__main__":

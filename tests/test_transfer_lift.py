@@ -56,6 +56,36 @@ def test_the_page_says_what_was_measured_and_no_more(tmp_path) -> None:
     assert (tmp_path / "curve.png").stat().st_size > 5000
 
 
+def test_what_was_fixed_before_is_on_the_page(tmp_path) -> None:
+    tried = [("scratch", 3e-4, 10), ("scratch", 1e-3, 20), ("scratch", 3e-3, 20), ("full", 1e-3, 9)]
+    records = [{"name": name, "lr": lr, "successes": n, "starts": 50} for name, lr, n in tried]
+    assert lift.best_rates(records) == {"scratch": 1e-3, "full": 1e-3} and lift.best_rates([]) == {}
+    assert lift.fixed_before(tmp_path) == []
+    (tmp_path / "learning_rates.json").write_text(json.dumps(records))
+    (tmp_path / "calibration.json").write_text(
+        json.dumps([{"steps": 400, "max_steps": 200, "successes": 19, "starts": 50}])
+    )
+    text = lift.page([], lift.fixed_before(tmp_path))
+    assert "400 finetuning steps" in text and "19/50" in text and "scratch 0.003: 20/50" in text
+    assert "Best so far: full 0.001, scratch 0.001." in text and "nothing is claimed" in text
+
+
+def test_rates_are_tried_once_and_before_the_first_cell(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(lift, "KEPT", tmp_path)
+    events = []
+    info = {"pooled": {"successes": 5}}
+    monkeypatch.setattr(lift, "calibrate", lambda: (400, 200))
+    monkeypatch.setattr(lift, "finetune", lambda cell, run, steps, lr, robot: events.append((robot, cell.method, lr)))
+    monkeypatch.setattr(lift, "play", lambda *args: info)
+    monkeypatch.setattr(lift, "run_cell", lambda cell, difficulty, lr: events.append((cell.arm, cell.method, lr)))
+    lift.run_missing(lift.cells()[:2])
+    assert [e[0] for e in events] == ["ur5e"] * 4 * len(lift.TRIED) + ["scratch", "pretrained"]
+    assert events[-1] == ("pretrained", "full", lift.TRIED[0])  # all the same: the lowest
+    events.clear()
+    lift.run_missing([])
+    assert events == []
+
+
 def test_a_budget_stops_what_runs(monkeypatch) -> None:
     monkeypatch.setattr(lift.Given, "end", lift.time.monotonic() + 1.0)
     monkeypatch.setattr(sys, "executable", "/bin/sleep")
