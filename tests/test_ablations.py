@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import ablations
-from benchmarks.ablations import QUESTIONS, TASKS, Budget, answer, compare_variants, main
+from benchmarks import ablation_cards
+from benchmarks.ablation_cards import answer, compare_variants
+from benchmarks.ablation_questions import QUESTIONS, Budget
+from benchmarks.ablations import TASKS, main
 from dita.cli import compose
 from dita.config import EvalConfig, TrainConfig
 
@@ -92,8 +96,8 @@ def done(monkeypatch):
         if not out.exists():
             played(out, 60 if variant.name in ("K = 4", "leading") else 30)
 
-    monkeypatch.setattr(ablations, "_dita", dita)
-    monkeypatch.setattr(ablations, "_play", play)
+    monkeypatch.setattr(ablation_cards, "_dita", dita)
+    monkeypatch.setattr(ablation_cards, "_play", play)
     return commands, plays
 
 
@@ -157,6 +161,12 @@ def test_language_is_asked_where_the_sentence_decides(tmp_path, done):
     assert "env=choice" in collect and option(collect, "env.tasks") == "[touch-red,touch-green,touch-blue]"
     assert {option(words, "policy.vision.image_size") for words in trained} == {"64"}  # of its camera
     assert "Tasks touch-red, touch-green, touch-blue" in card and "--tasks" not in card
+
+
+def test_simulators_do_not_wait_for_torch():
+    # each of them imports the file that was started
+    code = "import sys, benchmarks.ablations; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_what_does_not_exist_is_refused(capsys):
