@@ -6,7 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -62,7 +62,8 @@ def answer(name: str, budget: Budget) -> Path:
         for run, folder in zip(runs, folders, strict=True):
             _play(variant, Path(run), folder, budget)
         played[variant.name] = [str(folder) for folder in folders]
-    lines = compare_variants(played)
+    moved = [v.name for v in question.variants if any(word.startswith("perturb.start=") for word in v.eval)]
+    lines = compare_variants(played, moved)
     return write_card(name, question, lines, budget, steps, played)
 
 
@@ -70,8 +71,12 @@ def _given(question: Question, budget: Budget) -> tuple[str, ...]:
     return () if question.trained or question.language else budget.checkpoints
 
 
-def compare_variants(played: Mapping[str, Sequence[str]]) -> list[Line]:
+def compare_variants(played: Mapping[str, Sequence[str]], moved: Collection[str] = ()) -> list[Line]:
     """Compare evaluations of several variants, one per training seed each, with those of the first variant.
+
+    Args:
+        played: folders by variant.
+        moved: variants that begin elsewhere on purpose; their starts are paired by task and index.
 
     Raises:
         ValueError: they did not play the same starts.
@@ -80,7 +85,8 @@ def compare_variants(played: Mapping[str, Sequence[str]]) -> list[Line]:
     (first, baseline), *others = found.items()
     for name, runs in found.items():
         for folder, run in zip(played[name], runs, strict=True):
-            compare_outcomes(played[first][0], folder, baseline[0], run)  # refuses starts that are not the same
+            begun = {k: (baseline[0][k][0], won) for k, (_, won) in run.items()} if name in moved else run
+            compare_outcomes(played[first][0], folder, baseline[0], begun)  # refuses starts that are not the same
     keys = sorted(baseline[0])
     wins = {name: np.array([[run[k][1] for k in keys] for run in runs], bool) for name, runs in found.items()}
     differences = {name: _difference(wins[first], wins[name]) for name, _ in others}

@@ -29,6 +29,7 @@ from dita.envs.ensemble import Ensemble
 from dita.envs.fanout import connect, fan_out
 from dita.envs.perturb import check_instructions
 from dita.envs.rollout import EpisodeResult, Rules, Start, Timing, rollout
+from dita.lock import LOCK, held
 from dita.policy.policy import DitaPolicy
 from dita.statistics import Rate, bootstrap_macro, macro, rate
 from dita.types import ActionChunk, EmbodimentSpec, RawObservation
@@ -110,7 +111,7 @@ def evaluate(
         checkpoint: where the policy came from; its folder and training step go into `eval_info.json`.
 
     Raises:
-        FileExistsError: `config.out` exists and `exist` is "error".
+        FileExistsError: `config.out` exists and `exist` is "error", or another process evaluates into it.
         ValueError: unknown task, an embodiment that differs from the checkpoint's, a perturbation that the suite does
             not have, no cluster, or a continuation whose policy or settings differ (named).
         RuntimeError: a simulator process died; what was finished stays for "resume".
@@ -126,24 +127,26 @@ def evaluate(
     ray = None if config.ray is None else connect(config.ray, config.ray_workers)
     out = Path(config.out)
     asked = {"config": to_dict(config), "policy": identity(policy)}
-    done = _open(out, asked, exist)
-    todo = [s for s in _starts(config, out) if (s.task, s.index) not in done]
-    with _progress() as progress, (out / "episodes.jsonl").open("a") as lines:
-        bar = progress.add_task("eval", total=len(done) + len(todo), completed=len(done), rate=_running(done))
-        sizes = {"n_envs": config.n_envs, "batch_size": config.batch_size}
-        options: Any = {**sizes, "num_inference_steps": config.num_inference_steps, "rules": rules}
-        if ray is None:
-            episodes = rollout(policy, config.env, spec.name, todo, timing, **options)
-        else:
-            options |= {"ray": ray, "workers": config.ray_workers, "threads": config.threads}
-            episodes = fan_out(policy, config.env, spec.name, todo, timing, **options)
-        for episode in episodes:
-            lines.write(canonical_json(asdict(episode)) + "\n")
-            lines.flush()
-            done[episode.task, episode.index] = episode
-            progress.update(bar, advance=1, rate=_running(done))
-    result = summarise([done[s.task, s.index] for s in _starts(config, out)])
-    _write(out / "eval_info.json", _info(result, asked) | {"checkpoint": _origin(checkpoint)})
+    _check_folder(out, exist)
+    with held(out, "evaluating into", "out="):
+        done = _open(out, asked, exist)
+        todo = [s for s in _starts(config, out) if (s.task, s.index) not in done]
+        with _progress() as progress, (out / "episodes.jsonl").open("a") as lines:
+            bar = progress.add_task("eval", total=len(done) + len(todo), completed=len(done), rate=_running(done))
+            sizes = {"n_envs": config.n_envs, "batch_size": config.batch_size}
+            options: Any = {**sizes, "num_inference_steps": config.num_inference_steps, "rules": rules}
+            if ray is None:
+                episodes = rollout(policy, config.env, spec.name, todo, timing, **options)
+            else:
+                options |= {"ray": ray, "workers": config.ray_workers, "threads": config.threads}
+                episodes = fan_out(policy, config.env, spec.name, todo, timing, **options)
+            for episode in episodes:
+                lines.write(canonical_json(asdict(episode)) + "\n")
+                lines.flush()
+                done[episode.task, episode.index] = episode
+                progress.update(bar, advance=1, rate=_running(done))
+        result = summarise([done[s.task, s.index] for s in _starts(config, out)])
+        _write(out / "eval_info.json", _info(result, asked) | {"checkpoint": _origin(checkpoint)})
     _print(result, out)
     return result
 
@@ -245,16 +248,22 @@ def read_episodes(out: Path) -> list[EpisodeResult]:
     return [_episode(json.loads(line)) for line in whole]
 
 
-def _open(out: Path, asked: Mapping[str, Any], exist: str) -> dict[tuple[str, int], EpisodeResult]:
-    """Return the episodes that an interrupted evaluation of the same policy and settings has finished."""
+def _check_folder(out: Path, exist: str) -> None:
+    """Make the folder, unless it may not be written into."""
     if out.exists() and exist == "error":
         raise FileExistsError(f"{out} exists; --resume continues it, --overwrite deletes it first")
-    path, lines = out / "eval_config.json", out / "episodes.jsonl"
-    if out.exists() and any(out.iterdir()) and not path.exists():
-        raise ValueError(f"{out} exists and is no evaluation: it has no eval_config.json; choose another out=")
-    if out.exists() and exist == "overwrite":
-        shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    if {p.name for p in out.iterdir()} - {LOCK} and not (out / "eval_config.json").exists():
+        raise ValueError(f"{out} exists and is no evaluation: it has no eval_config.json; choose another out=")
+
+
+def _open(out: Path, asked: Mapping[str, Any], exist: str) -> dict[tuple[str, int], EpisodeResult]:
+    """Return the episodes that an interrupted evaluation of the same policy and settings has finished."""
+    path, lines = out / "eval_config.json", out / "episodes.jsonl"
+    if exist == "overwrite":
+        for old in out.iterdir():
+            if old.name != LOCK:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not path.exists():
         _write(path, asked)
         return {}

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
-import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -21,10 +18,10 @@ from dita.checkpoint import read_json, verify_train_state, whole_checkpoints, wr
 from dita.config import TrainConfig, to_dict
 from dita.datasets.filters import filter_hash
 from dita.datasets.store import Store
+from dita.lock import held
 
 Exist = Literal["error", "resume", "overwrite"]
 Change = tuple[str, Any, Any]  # field, what it was, what it is now
-LEASE = 60.0  # [s]; a lock of another machine that is older was left behind
 MAY_CHANGE = (  # on resume: none of them changes a loss
     *("run", "threads", "device", "log_every", "save_every", "keep_last", "keep_best", "async_save", "parallel"),
     *("collective_timeout", "save_timeout", "worker_timeout", "peak_tflops", "wandb", "data.workers", "data.cache"),
@@ -70,9 +67,7 @@ def run_folder(run: Path, now: Mapping[str, Any], exist: Exist, allow_drift: Seq
     if allow_drift and exist != "resume":
         raise ValueError("--allow-drift is of --resume: nothing is continued")
     run.mkdir(parents=True, exist_ok=True)
-    lock = _Lock(run / "lock")
-    lock.take()
-    try:
+    with held(run, "training in", "run="):
         if exist == "resume" and (run / "config.json").exists():
             refuse_drift(run, now, allow_drift)
         elif exist == "overwrite":
@@ -84,62 +79,6 @@ def run_folder(run: Path, now: Mapping[str, Any], exist: Exist, allow_drift: Seq
             for left in folder.glob(".*.partial") if whole else [folder]:
                 shutil.rmtree(left)
         yield
-    finally:
-        lock.release()
-
-
-class _Lock:
-    """A file with the holder's machine and process; touched while held, so that other machines see it live."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stop = threading.Event()
-
-    def take(self) -> None:
-        """Raises FileExistsError while another process holds it."""
-        try:
-            fd = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            self._refuse_if_held()
-            self.path.unlink(missing_ok=True)
-            return self.take()
-        with os.fdopen(fd, "w") as file:
-            file.write(f"{os.getpid()} {socket.gethostname()} {_start_time(os.getpid())}")
-        threading.Thread(target=self._touch, daemon=True).start()
-
-    def release(self) -> None:
-        self._stop.set()
-        self.path.unlink(missing_ok=True)
-
-    def _refuse_if_held(self) -> None:
-        try:
-            words, age = self.path.read_text().split(), time.time() - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return  # given back meanwhile
-        if not words:
-            held, who = age < LEASE, "a process"  # killed, or not yet, between creating and writing
-        elif len(words) > 1 and words[1] != socket.gethostname():
-            held, who = age < LEASE, f"process {words[0]} on {words[1]}"
-        else:
-            began = _start_time(int(words[0]))
-            held, who = began is not None and (len(words) < 3 or words[2] == began), f"process {words[0]}"
-        if held:
-            raise FileExistsError(f"{who} is training in {self.path.parent}; stop it or use another run=")
-
-    def _touch(self) -> None:
-        while not self._stop.wait(LEASE / 6):
-            try:
-                os.utime(self.path)
-            except FileNotFoundError:
-                return
-
-
-def _start_time(pid: int) -> str | None:
-    """Return when a process of this machine began, in ticks since boot: ids are given again, this is not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
 
 
 def describe(config: TrainConfig, stores: Sequence[Store]) -> dict[str, Any]:

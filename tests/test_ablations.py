@@ -25,10 +25,10 @@ def budget(tmp_path: Path, **changes) -> Budget:
     return Budget(**(values | changes))
 
 
-def played(folder: Path, solved: int, starts: int = 80) -> str:
+def played(folder: Path, solved: int, starts: int = 80, place: str = "h") -> str:
     folder.mkdir(parents=True)
     lines = [
-        {"task": TASKS[i % 2], "index": i, "seed": i, "start_hash": f"h{i}", "success": i < solved, "reason": "x",
+        {"task": TASKS[i % 2], "index": i, "seed": i, "start_hash": f"{place}{i}", "success": i < solved, "reason": "x",
          "steps": 9, "replans": 1, "latency": [0.1], "warnings": {}} for i in range(starts)
     ]  # fmt: skip
     (folder / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -58,6 +58,10 @@ def test_three_seeds_speak_about_methods(tmp_path):
 def test_starts_that_differ_are_refused(tmp_path):
     with pytest.raises(ValueError, match="did not play the same starts"):
         compare_variants({"a": [played(tmp_path / "a", 4)], "b": [played(tmp_path / "b", 4, starts=78)]})
+    elsewhere = {"a": [str(tmp_path / "a")], "c": [played(tmp_path / "c", 5, place="moved")]}
+    with pytest.raises(ValueError, match="differ in the start of"):
+        compare_variants(elsewhere)
+    assert compare_variants(elsewhere, moved=["c"])[1].gained == 1
 
 
 @pytest.mark.parametrize("name", QUESTIONS)

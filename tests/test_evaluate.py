@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from dita.envs.ensemble import Ensemble
 from dita.envs.fanout import Share
 from dita.envs.rollout import EpisodeResult
 from dita.evaluate import Expert, Zero, evaluate, fingerprint, identity, summarise
+from dita.lock import held
 
 gl.select_backend()
 
@@ -145,6 +147,16 @@ def test_a_folder_that_is_no_evaluation_is_left_alone(tmp_path):
         with pytest.raises(ValueError, match="is no evaluation"):
             evaluate(Expert(), eval_config(tmp_path), exist=exist)
     assert (tmp_path / "eval" / "thesis.tex").read_text() == "precious"
+
+
+def test_two_processes_do_not_write_one_evaluation(tmp_path):
+    config = eval_config(tmp_path)
+    Path(config.out).mkdir(parents=True)
+    with held(Path(config.out), "evaluating into", "out="):
+        for exist in ("resume", "overwrite"):
+            with pytest.raises(FileExistsError, match=f"process {os.getpid()} is evaluating into .*another out="):
+                evaluate(Expert(), config, exist=exist)
+    assert list(Path(config.out).iterdir()) == []  # nothing was begun, and the lock was given back
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path, spec):
