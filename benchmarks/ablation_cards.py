@@ -63,7 +63,7 @@ def answer(name: str, budget: Budget) -> Path:
             _play(variant, Path(run), folder, budget)
         played[variant.name] = [str(folder) for folder in folders]
     moved = [v.name for v in question.variants if any(word.startswith("perturb.start=") for word in v.eval)]
-    lines = compare_variants(played, moved)
+    lines = compare_variants(played, same_checkpoints=not question.trained, moved=moved)
     return write_card(name, question, lines, budget, steps, played)
 
 
@@ -71,11 +71,14 @@ def _given(question: Question, budget: Budget) -> tuple[str, ...]:
     return () if question.trained or question.language else budget.checkpoints
 
 
-def compare_variants(played: Mapping[str, Sequence[str]], moved: Collection[str] = ()) -> list[Line]:
+def compare_variants(
+    played: Mapping[str, Sequence[str]], *, same_checkpoints: bool = False, moved: Collection[str] = ()
+) -> list[Line]:
     """Compare evaluations of several variants, one per training seed each, with those of the first variant.
 
     Args:
         played: folders by variant.
+        same_checkpoints: the variants are ways to use the same checkpoints.
         moved: variants that begin elsewhere on purpose; their starts are paired by task and index.
 
     Raises:
@@ -89,16 +92,16 @@ def compare_variants(played: Mapping[str, Sequence[str]], moved: Collection[str]
             compare_outcomes(played[first][0], folder, baseline[0], begun)  # refuses starts that are not the same
     keys = sorted(baseline[0])
     wins = {name: np.array([[run[k][1] for k in keys] for run in runs], bool) for name, runs in found.items()}
-    differences = {name: _difference(wins[first], wins[name]) for name, _ in others}
+    differences = {name: _difference(wins[first], wins[name], same_checkpoints) for name, _ in others}
     adjusted = holm({name: p for name, (_, _, p) in differences.items()})
     lines = [_line(first, wins[first], wins[first], None, None)]
     return lines + [_line(name, wins[first], wins[name], differences[name], adjusted[name]) for name, _ in others]
 
 
-def _difference(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[float, float], float]:
+def _difference(a: np.ndarray, b: np.ndarray, same_checkpoints: bool) -> tuple[float, tuple[float, float], float]:
     """Return difference b - a, its 95 % interval and p: between methods where there are seeds for it."""
     if len(a) >= MIN_SEEDS:
-        methods = compare_methods(a, b, SMALLEST_EFFECT)
+        methods = compare_methods(a, b, SMALLEST_EFFECT, same_checkpoints=same_checkpoints)
         return methods.difference, methods.interval, methods.p
     pairs = compare_pairs(a.ravel().tolist(), b.ravel().tolist())
     return pairs.difference, pairs.interval, pairs.p
@@ -130,7 +133,8 @@ def write_card(
 ) -> Path:
     """Write docs/evidence/ablation_<name>.md and the JSON behind it."""
     seeds, given = len(next(iter(played.values()))), _given(question, budget)
-    what = f"{seeds} training seeds, clustered by training seed and start"
+    pairs = "trained apart for each variant" if question.trained else "whose checkpoints play every variant"
+    what = f"{seeds} training seeds, {pairs}; clustered by training seed and start"
     if seeds < MIN_SEEDS:
         few = "1 training seed" if seeds == 1 else f"{seeds} training seeds"
         what = f"{few}: pairs by start, McNemar exact; it speaks about what was played here, not about the method"

@@ -103,7 +103,8 @@ def comparisons(results: Results, budget: str) -> list[dict[str, Any]]:
             a, b = (np.array([[c == "1" for c in run[s]["outcomes"]] for s in seeds]) for run in (ours, theirs))
             row = {"task": task, "a": method.against, "b": name, "seeds": len(seeds), "pairs": a.size}
             if len(seeds) >= MIN_SEEDS:
-                methods = compare_methods(a, b, SMALLEST_EFFECT)
+                same = method.plays is not None and method.plays == method.against
+                methods = compare_methods(a, b, SMALLEST_EFFECT, same_checkpoints=same)
                 row |= {"interval": methods.interval, "p": methods.p, "p_equivalent": methods.p_equivalent}
             else:
                 paired = compare_pairs(a.ravel().tolist(), b.ravel().tolist())

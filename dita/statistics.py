@@ -220,7 +220,11 @@ class Methods:
 
 
 def compare_methods(
-    a: Bool[np.ndarray, "seeds_a n"], b: Bool[np.ndarray, "seeds_b n"], smallest_effect: float
+    a: Bool[np.ndarray, "seeds_a n"],
+    b: Bool[np.ndarray, "seeds_b n"],
+    smallest_effect: float,
+    *,
+    same_checkpoints: bool = False,
 ) -> Methods:
     """Compare two methods by the outcomes of each training seed on the same n starts.
 
@@ -228,8 +232,14 @@ def compare_methods(
     2011), and Student's t takes the degrees of freedom of the seeds (Welch 1947): three seeds are three, however many
     episodes each plays.
 
+    Args:
+        a: outcomes of the first method, a row per training seed.
+        b: of the second.
+        smallest_effect: difference of rates that matters, declared beforehand.
+        same_checkpoints: row i of both is one checkpoint, used in two ways, so that what its training gave it cancels.
+
     Raises:
-        ValueError: fewer than 3 seeds of a method, unequal starts, or a smallest effect outside 0..1.
+        ValueError: fewer than 3 seeds of a method, unequal starts or checkpoints, or a smallest effect outside 0..1.
     """
     if min(len(a), len(b)) < MIN_SEEDS:
         raise ValueError(f"a method needs at least {MIN_SEEDS} training seeds, got {len(a)} and {len(b)}")
@@ -237,8 +247,11 @@ def compare_methods(
         raise ValueError(f"both methods must play the same starts, got {a.shape[1]} and {b.shape[1]}")
     if not 0 < smallest_effect < 1:
         raise ValueError(f"smallest_effect is a difference of rates between 0 and 1, got {smallest_effect}")
+    if same_checkpoints and len(a) != len(b):
+        raise ValueError(f"the same checkpoints are as many on both sides, got {len(a)} and {len(b)}")
     difference = float(b.mean() - a.mean())
-    variance, freedom = _two_way(a.astype(np.float64), b.astype(np.float64))
+    first, second = a.astype(np.float64), b.astype(np.float64)
+    variance, freedom = _two_way([second - first] if same_checkpoints else [-first, second])
     error = float(np.sqrt(variance))
     if error == 0:
         p = 1.0 if difference == 0 else 0.0
@@ -251,19 +264,19 @@ def compare_methods(
     return Methods((len(a), len(b)), a.shape[1], difference, interval, p, smallest_effect, outside)
 
 
-def _two_way(a: Float64[np.ndarray, "s n"], b: Float64[np.ndarray, "r n"]) -> tuple[float, float]:
-    """Return the variance of b's mean minus a's, and its degrees of freedom."""
-    by_seed = [float(x.mean(axis=1).var(ddof=1)) / len(x) for x in (a, b)]
-    n = a.shape[1]
-    by_start = float((b.mean(axis=0) - a.mean(axis=0)).var(ddof=1)) / n
+def _two_way(groups: Sequence[Float64[np.ndarray, "s n"]]) -> tuple[float, float]:
+    """Return the variance of the sum of the groups' means, and its degrees of freedom; the groups' rows are apart."""
+    by_seed = [float(x.mean(axis=1).var(ddof=1)) / len(x) for x in groups]
+    n = groups[0].shape[1]
+    by_start = float(sum(x.mean(axis=0) for x in groups).var(ddof=1)) / n  # pyright: ignore[reportAttributeAccessIssue]
     # what is neither a seed's nor a start's own is in both of the above
-    residual = [x - x.mean(axis=1, keepdims=True) - x.mean(axis=0, keepdims=True) + x.mean() for x in (a, b)]
+    residual = [x - x.mean(axis=1, keepdims=True) - x.mean(axis=0, keepdims=True) + x.mean() for x in groups]
     both = sum(float((x**2).sum()) / ((len(x) - 1) * (n - 1)) / (len(x) * n) for x in residual)
     seeds = sum(by_seed)
     variance = max(seeds + by_start - both, seeds, by_start)
     if seeds == 0:
-        return variance, float(min(len(a), len(b)) - 1)
-    freedom = seeds**2 / sum(v**2 / (len(x) - 1) for v, x in zip(by_seed, (a, b), strict=True))
+        return variance, float(min(len(x) for x in groups) - 1)
+    freedom = seeds**2 / sum(v**2 / (len(x) - 1) for v, x in zip(by_seed, groups, strict=True))
     return variance, freedom
 
 

@@ -145,6 +145,29 @@ def test_methods_that_differ_only_in_their_seeds_are_rarely_told_apart(spread) -
     assert rejected <= 0.07 * 500
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.2])
+def test_what_a_checkpoint_brings_cancels_where_it_is_used_in_two_ways(spread) -> None:
+    rng = np.random.default_rng(7)
+
+    def pair(effect: float, taste: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        chance = 0.5 + rng.normal(0, spread, (3, 1)) + 0.2 * rng.normal(size=(1, 100))
+        other = chance + effect + rng.normal(0, taste, (3, 1))  # taste: how much checkpoints differ in liking it
+        draw = rng.random((3, 100))  # most starts end the same way twice
+        again = np.where(rng.random((3, 100)) < 0.2, rng.random((3, 100)), draw)
+        return draw < np.clip(chance, 0, 1), again < np.clip(other, 0, 1)
+
+    for taste in (0.0, 0.1):
+        pairs = [pair(0.0, taste) for _ in range(500)]
+        assert sum(compare_methods(*p, 0.1, same_checkpoints=True).p <= 0.05 for p in pairs) <= 0.07 * 500
+    pairs = [pair(0.15) for _ in range(100)]
+    seen = {
+        same: sum(compare_methods(*p, 0.1, same_checkpoints=same).p <= 0.05 for p in pairs) for same in (True, False)
+    }
+    assert seen[True] > 60 and seen[True] > seen[False] + (30 if spread else -10)
+    with pytest.raises(ValueError, match="as many on both sides, got 3 and 4"):
+        compare_methods(pairs[0][0], np.zeros((4, 100), bool), 0.1, same_checkpoints=True)
+
+
 def test_pooling_the_episodes_of_seeds_would_see_what_is_not_there() -> None:
     rng = np.random.default_rng(5)
     pooled = 0
