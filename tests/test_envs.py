@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -520,6 +521,9 @@ class Echo:
             raise ValueError("boom happened")
         return what
 
+    def niceness(self):
+        return os.getpriority(os.PRIO_PROCESS, 0)
+
     def close(self):
         pass
 
@@ -535,6 +539,15 @@ def test_a_worker_answers_raises_and_drops_what_nobody_took():
     worker.call("fourth", "say", 4)
     assert worker.result() == 4
     worker.close()
+
+
+def test_a_worker_stands_back_as_far_as_it_is_told():
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    for nice in (0, 3):
+        worker = Worker(Echo, nice=nice)
+        worker.call("niceness", "niceness")
+        assert worker.result() == min(19, own + nice)
+        worker.close()
 
 
 def test_an_mp4_that_browsers_play(tmp_path):

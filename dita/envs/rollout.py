@@ -29,6 +29,7 @@ from dita.types import ActionChunk, EmbodimentSpec, RawObservation
 
 POLICY_NOISE = 3  # purpose of the random numbers that seed a policy call
 VIDEO_EVERY = 4  # control steps per video frame
+NICE = 10  # of simulators: while one policy waits for a core, all of them soon wait for the policy
 
 
 class BatchPolicy(Protocol):
@@ -295,7 +296,7 @@ def rollout(
         ValueError: unknown task, a policy that does not fit, or a chunk shorter than n_action_steps.
     """
     waiting = deque(starts)
-    workers = [Worker(Player, env, timing, rules) for _ in range(min(n_envs, len(starts)))]
+    workers = [Worker(Player, env, timing, rules, nice=NICE) for _ in range(min(n_envs, len(starts)))]
     playing: dict[Worker, _Playing] = {}
     ready: dict[Worker, Sequence[RawObservation]] = {}  # those of them that wait for the policy
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Collection
 from multiprocessing.connection import Connection, wait
@@ -14,12 +15,17 @@ class Worker:
 
     The process ends with this one, however this one ends: its pipe closes. Scripts that use workers need the usual
     `if __name__ == "__main__":` of spawned processes.
+
+    Args:
+        cls: made in that process.
+        args: of it.
+        nice: how far the process stands back when others want its core, 0 to 19.
     """
 
-    def __init__(self, cls: type, *args: Any) -> None:
+    def __init__(self, cls: type, *args: Any, nice: int = 0) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, far_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far_end, cls, args), daemon=True)
+        self._process = context.Process(target=_serve, args=(far_end, cls, args, nice), daemon=True)
         self._process.start()
         far_end.close()
         self._job, self._busy = "", False
@@ -73,8 +79,9 @@ def answered(workers: Collection[Worker]) -> list[Worker]:
     return [w for w in workers if w._pipe in pipes]
 
 
-def _serve(pipe: Connection, cls: type, args: tuple[Any, ...]) -> None:
+def _serve(pipe: Connection, cls: type, args: tuple[Any, ...], nice: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes the pipe
+    os.nice(nice)
     target = None
     try:
         while True:
