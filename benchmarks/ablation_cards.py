@@ -93,32 +93,40 @@ def compare_variants(
     keys = sorted(baseline[0])
     wins = {name: np.array([[run[k][1] for k in keys] for run in runs], bool) for name, runs in found.items()}
     differences = {name: _difference(wins[first], wins[name], same_checkpoints) for name, _ in others}
-    adjusted = holm({name: p for name, (_, _, p) in differences.items()})
+    adjusted = holm({name: p for name, (_, _, p, _) in differences.items()})
     lines = [_line(first, wins[first], wins[first], None, None)]
     return lines + [_line(name, wins[first], wins[name], differences[name], adjusted[name]) for name, _ in others]
 
 
-def _difference(a: np.ndarray, b: np.ndarray, same_checkpoints: bool) -> tuple[float, tuple[float, float], float]:
-    """Return difference b - a, its 95 % interval and p: between methods where there are seeds for it."""
+def _difference(
+    a: np.ndarray, b: np.ndarray, same_checkpoints: bool
+) -> tuple[float, tuple[float, float], float, float]:
+    """Return difference b - a, its 95 % interval, p, and p that it is as large as SMALLEST_EFFECT.
+
+    Between methods where there are seeds for it; else between these checkpoints, where nothing is called equivalent.
+    """
     if len(a) >= MIN_SEEDS:
         methods = compare_methods(a, b, SMALLEST_EFFECT, same_checkpoints=same_checkpoints)
-        return methods.difference, methods.interval, methods.p
+        return methods.difference, methods.interval, methods.p, methods.p_equivalent
     pairs = compare_pairs(a.ravel().tolist(), b.ravel().tolist())
-    return pairs.difference, pairs.interval, pairs.p
+    return pairs.difference, pairs.interval, pairs.p, 1.0
 
 
 def _line(
     name: str,
     baseline: np.ndarray,
     wins: np.ndarray,
-    difference: tuple[float, tuple[float, float], float] | None,
+    difference: tuple[float, tuple[float, float], float, float] | None,
     p_holm: float | None,
 ) -> Line:
     r = rate(wins.ravel().tolist())
     if difference is None or p_holm is None:
         return Line(name, r.successes, r.episodes, r.interval, None, None, None, None, None, None, "baseline")
-    value, interval, p = difference
-    verdict = "no detectable effect" if p_holm > 1 - LEVEL else "works" if value > 0 else "hurts"
+    value, interval, p, p_equivalent = difference
+    verdict = "works" if value > 0 else "hurts"
+    if p_holm > 1 - LEVEL:
+        small = f", less than {100 * SMALLEST_EFFECT:.0f} points" if p_equivalent <= 1 - LEVEL else ""
+        verdict = f"no detectable effect{small}"
     gained, lost = int((wins & ~baseline).sum()), int((baseline & ~wins).sum())
     return Line(name, r.successes, r.episodes, r.interval, gained, lost, value, interval, p, p_holm, verdict)
 
@@ -153,7 +161,8 @@ def write_card(
         "|---|---|---|---|---|---|---|---|---|",
         *(_row(line) for line in lines), "",
         f"**Verdict: {_verdict(lines)}**", "",
-        "A null result says what so many pairs could have seen: read the interval of the difference.", "",
+        "A null result says what so many pairs could have seen: read the interval of the difference. *Less than "
+        f"{100 * SMALLEST_EFFECT:.0f} points* is said where two one-sided tests show it.", "",
     ]  # fmt: skip
     budget.page.mkdir(parents=True, exist_ok=True)
     folder = {variant: list(folders) for variant, folders in played.items()}

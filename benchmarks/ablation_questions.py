@@ -45,7 +45,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "n_action_steps": Question(
         "How many actions of a chunk should be executed before the next one? 1 is the official decoding.",
-        (Variant("8 actions"), *(Variant(f"{n} actions", eval=(f"n_action_steps={n}",)) for n in (1, 4, 16))),
+        (Variant("8 of 16"), *(Variant(f"{n} of 16", eval=(f"n_action_steps={n}",)) for n in (1, 4, 16))),
     ),
     "ensembling": Question(
         "Does averaging overlapping chunks, as ACT does, help where every step is planned anew?",

@@ -53,6 +53,9 @@ def test_three_seeds_speak_about_methods(tmp_path):
     one, three = compare_variants({name: r[:1] for name, r in runs.items()}), compare_variants(runs)
     assert three[1].verdict == one[1].verdict == "works" and three[1].episodes == 240
     assert three[1].p != one[1].p
+    runs["hardly other"] = [played(tmp_path / f"c{seed}", 20 + seed + (seed == 1)) for seed in range(3)]
+    lines = compare_variants({name: runs[name] for name in ("base", "hardly other")}, same_checkpoints=True)
+    assert lines[1].verdict == "no detectable effect, less than 10 points" and lines[1].gained == 1
 
 
 def test_starts_that_differ_are_refused(tmp_path):
