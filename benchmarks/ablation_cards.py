@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ablation_questions import LANGUAGE_TASKS, QUESTIONS, Budget, Question, Variant
+from benchmarks.ablation_questions import LANGUAGE_LONGER, LANGUAGE_TASKS, QUESTIONS, Budget, Question, Variant
 from dita.cli import compose
 from dita.compare import compare_outcomes, outcomes
 from dita.config import EvalConfig
@@ -52,7 +52,8 @@ def answer(name: str, budget: Budget) -> Path:
         RuntimeError: a command failed; its own message stands above.
     """
     question = QUESTIONS[name]
-    budget = replace(budget, tasks=LANGUAGE_TASKS) if question.language else budget
+    if question.language:
+        budget = replace(budget, tasks=LANGUAGE_TASKS, steps=budget.steps * LANGUAGE_LONGER)
     steps: dict[str, int] = {}
     played = {}
     for variant in question.variants:
@@ -202,7 +203,8 @@ def _command(name: str, question: Question, budget: Budget) -> str:
     words += [] if question.language else ["--tasks", *budget.tasks]
     if given := _given(question, budget):
         return shlex.join([*words, "--checkpoints", *given])
-    words += ["--steps", str(budget.steps), "--batch-size", str(budget.batch_size), "--seeds", *map(str, budget.seeds)]
+    steps = budget.steps // (LANGUAGE_LONGER if question.language else 1)
+    words += ["--steps", str(steps), "--batch-size", str(budget.batch_size), "--seeds", *map(str, budget.seeds)]
     return shlex.join(words)
 
 

@@ -108,6 +108,7 @@ QUESTIONS: dict[str, Question] = {
     ),
 }  # fmt: skip
 LANGUAGE_TASKS = ("touch-red", "touch-green", "touch-blue")
+LANGUAGE_LONGER = 5  # times the steps: after 300 it touches the right one less often than by chance
 
 
 @dataclass(frozen=True)

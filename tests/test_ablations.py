@@ -167,7 +167,8 @@ def test_language_is_asked_where_the_sentence_decides(tmp_path, done):
     collect, trained = commands[0], [words for words in commands if words[0] == "train"]
     assert "env=choice" in collect and option(collect, "env.tasks") == "[touch-red,touch-green,touch-blue]"
     assert {option(words, "policy.vision.image_size") for words in trained} == {"64"}  # of its camera
-    assert "Tasks touch-red, touch-green, touch-blue" in card and "--tasks" not in card
+    assert {option(words, "steps") for words in trained} == {"3000"}
+    assert "Tasks touch-red, touch-green, touch-blue" in card and "--tasks" not in card and "--steps 600" in card
 
 
 def test_simulators_do_not_wait_for_torch():
