@@ -46,7 +46,7 @@ seeds as independent. `make peers`; `peers.json` holds the outcome of every star
   fewer, its rows say what it reaches in that budget, not what it can reach. Gradient steps of different methods cost
   different time: see the CPU seconds (of training, mean over seeds).
 - In the budget `small` BC-RNN-GMM returned one and the same action for every state of button-press-topdown-v3, on its
-  training data too: its mixture had settled on the dims that hardly vary. That is 20 epochs, not the method.
+  training data too: its mixture had settled on the dims that hardly vary. Whether more epochs cure it was not tried.
 - The U-Net has a quarter of the published channels, which still makes it the larger network: see the parameters. Rows
   of a chunk past the end of an episode reach its convolutions as zeros, where the trunk does not see them.
 
