@@ -161,6 +161,20 @@ def test_a_checkpoint_that_is_there_is_asked_what_needs_no_training(tmp_path, do
     assert [words[0] for words in commands].count("train") == 2 and len(plays) == 4
 
 
+def test_variants_are_compared_as_what_they_are(tmp_path, done, monkeypatch):
+    asked = {}
+
+    def compare(played, **how):
+        asked[len(asked)] = how
+        return [ablation_cards.Line("x", 1, 2, (0.0, 1.0), None, None, None, None, None, None, "baseline")]
+
+    monkeypatch.setattr(ablation_cards, "compare_variants", compare)
+    for name in ("spacing", "frames", "robustness"):
+        answer(name, budget(tmp_path))
+    assert [how["same_checkpoints"] for how in asked.values()] == [True, False, True]
+    assert [how["moved"] for how in asked.values()] == [[], [], ["hand starts up to 3 cm away"]]
+
+
 def test_language_is_asked_where_the_sentence_decides(tmp_path, done):
     commands, _ = done
     card = answer("language", budget(tmp_path, checkpoints=("outputs/demo/train",))).read_text()
