@@ -38,7 +38,10 @@ COMMANDS = [(page.name, words) for page in PAGES for words in commands(page)]
 def test_every_command_exists(page, words) -> None:
     program, *rest = words
     if program == "make":
-        assert set(rest) <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+        makefile = (ROOT / "Makefile").read_text()
+        targets, variables = ([w for w in rest if ("=" in w) is given] for given in (False, True))
+        assert set(targets) <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+        assert all(f"$({word.partition('=')[0]})" in makefile for word in variables)
     elif Path(program).name == "dita":
         args, overrides = build_parser().parse_known_args(rest)
         assert all("=" in word for word in overrides)
