@@ -44,14 +44,22 @@ class Outcome:
 
 
 def experts(suites: Sequence[str]) -> list[tuple[str, str | None, str]]:
-    """Return (suite, embodiment, task) of every expert there is."""
-    from dita.envs import choice, fetch, metaworld
+    """Return (suite, embodiment, task) of every expert there is.
 
-    found: list[tuple[str, str | None, str]] = [("metaworld", None, task) for task in metaworld.TASKS]
-    found += [("robosuite", arm, task) for task in ("Lift", "Stack") for arm in (*ARMS, "robosuite_panda_joint")]
-    found += [("fetch", None, task) for task in fetch.TASKS]
-    found += [("aloha", None, "AlohaTransferCube"), *(("choice", None, task) for task in choice.TASKS)]
-    return [expert for expert in found if expert[0] in suites]
+    Raises:
+        ValueError: a suite is not installed.
+    """
+    from dita.envs import suite_module
+
+    found: list[tuple[str, str | None, str]] = []
+    for suite in suites:
+        if suite == "robosuite":
+            found += [(suite, arm, task) for task in ("Lift", "Stack") for arm in (*ARMS, "robosuite_panda_joint")]
+        elif suite == "aloha":
+            found.append((suite, None, "AlohaTransferCube"))
+        else:
+            found += [(suite, None, task) for task in suite_module(suite).TASKS]
+    return found
 
 
 def play(job: Job, starts: int) -> Outcome:
