@@ -128,7 +128,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (one per core)")
     parser.add_argument("--page", type=Path, default=PAGE, help="folder of the page")
     args = parser.parse_args(argv)
-    jobs = [Job(*expert, noise) for expert in experts(args.suites) for noise in args.noise]
+    try:
+        jobs = [Job(*expert, noise) for expert in experts(args.suites) for noise in args.noise]
+    except ValueError as e:  # a suite that is not installed
+        parser.error(str(e))
     with multiprocessing.get_context("spawn").Pool(args.workers, maxtasksperchild=10) as pool:
         played = track(pool.imap(partial(play, starts=args.starts), jobs), "experts", len(jobs))
         outcomes = list(zip(jobs, played, strict=True))

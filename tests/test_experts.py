@@ -22,6 +22,16 @@ def test_every_suite_with_an_expert_is_asked() -> None:
     assert experts.experts(["aloha"]) == [("aloha", None, "AlohaTransferCube")]
 
 
+def test_a_suite_that_is_not_installed_is_one_line(monkeypatch, capsys) -> None:
+    def missing(suites):
+        raise ValueError("suite fetch needs the package gymnasium_robotics: pip install 'dita[sim]'")
+
+    monkeypatch.setattr(experts, "experts", missing)
+    with pytest.raises(SystemExit):
+        experts.main(["--suites", "fetch"])
+    assert "pip install 'dita[sim]'" in capsys.readouterr().err
+
+
 def test_starts_are_counted_and_noise_makes_a_difference() -> None:
     job = Job("choice", None, "touch-red", 0.0)
     clean = play(job, 4)
